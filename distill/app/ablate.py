@@ -156,7 +156,7 @@ def _run_workers(
     if failed:
         log_file = out / f"worker-{failed[0]}.log"
         last_line = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise ValueError(f"worker {failed[0]} stopped: {' '.join(last_line)} (all it said is in {log_file})")
+        raise ValueError(f"worker {failed[0]} stopped: {' '.join(last_line)} (full output: {log_file})")
 
 
 def is_done(cell: StudyCell) -> bool:

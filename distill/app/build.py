@@ -65,7 +65,7 @@ def device(recipe: Recipe) -> torch.device:
         count = 1 if requested.type == "cpu" else torch.get_device_module(requested).device_count()
         if (requested.index or 0) >= count:
             raise RecipeError(
-                f'run.device = "{requested}": torch finds {count} of {requested.type} here; take "auto" or "cpu"'
+                f'run.device = "{requested}": torch finds {count} {requested.type} devices here; use "auto" or "cpu"'
             )
         # Without an index all processes of a machine would share its first card.
         if requested.type == "cuda" and requested.index is None:
@@ -158,8 +158,8 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
     weighted = weighted or recipe.train.even_batches
     if weighted and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
         raise RecipeError(
-            f"{folder} does not say which [[images]] its labels belong to, which images.weight and "
-            "train.source_temperature need: run `distill label` again, which writes it down and labels nothing anew"
+            f"{folder} does not say which [[images]] table each label is from, but images.weight and "
+            "train.source_temperature need that: run `distill label` again, which adds it without labelling again"
         )
     _check_labels(recipe, folder, dataset.manifest.get("recipe") or {})
     for name, card in dataset.manifest["teachers"].items():
@@ -200,7 +200,9 @@ def _encoder_decoder(recipe: Recipe) -> Student:
         student.max_depth = spec.max_depth or student.max_depth
         if student.canonical_focal and spec.canonical_focal != student.canonical_focal:
             focal = f"{student.canonical_focal:g}"
-            raise RecipeError(f"student.init_from: {spec.init_from} has student.canonical_focal = {focal}: set it too")
+            raise RecipeError(
+                f"student.init_from: {spec.init_from} has student.canonical_focal = {focal}: set the same"
+            )
         student.canonical_focal = spec.canonical_focal or None
         return _checked_kind(student, recipe)
     options = dict(spec.encoder_options)
@@ -208,8 +210,8 @@ def _encoder_decoder(recipe: Recipe) -> Student:
     if initial is not None:
         if options or initial.name != spec.encoder:
             raise RecipeError(
-                f"student.encoder_init_from takes the encoder of {spec.encoder_init_from}, {initial.name}, as it is: "
-                f'say encoder = "{initial.name}", and no encoder_options'
+                f"student.encoder_init_from takes the encoder of {spec.encoder_init_from}, {initial.name}, unchanged: "
+                f'set student.encoder = "{initial.name}" and leave out encoder_options'
             )
         options = dict(initial.options) | {"frozen": False}
     if spec.weights:
@@ -243,8 +245,12 @@ def _short_side(recipe: Recipe) -> int:
 def _checked_kind(student: Student, recipe: Recipe) -> Student:
     """Returns the student; raises RecipeError if it predicts another kind than train.kind."""
     if student.kind != recipe.train.kind:
-        remedy = "set student.max_depth, in metres" if recipe.train.kind == "metric_depth" else "see student.max_depth"
-        raise RecipeError(f'train.kind = "{recipe.train.kind}", and the student predicts {student.kind}: {remedy}')
+        remedy = (
+            "set student.max_depth, in metres"
+            if recipe.train.kind == "metric_depth"
+            else "student.max_depth decides that"
+        )
+        raise RecipeError(f'train.kind = "{recipe.train.kind}", but the student predicts {student.kind}: {remedy}')
     return student
 
 
@@ -256,14 +262,16 @@ def _check_start(recipe: Recipe, student: Student) -> None:
     for key in ("encoder", "decoder", "encoder_options", "decoder_options"):
         if requested[key] not in (defaults[key], spec[key]):
             raise RecipeError(
-                f"student.{key}: {requested['init_from']} is a student already, with {spec[key]}; leave it out"
+                f"student.{key}: student.init_from = {requested['init_from']} already has {spec[key]}; leave it out"
             )
 
 
 def _decoder_options(recipe: Recipe) -> dict[str, Any]:
     parameters = inspect.signature(find("distill.students.decoders", recipe.student.decoder).Decoder).parameters
     if recipe.student.norm and "norm" not in parameters:
-        raise RecipeError(f"student.norm: the decoder {recipe.student.decoder} has no norms; leave it out")
+        raise RecipeError(
+            f"student.norm: the decoder {recipe.student.decoder} has no normalization layers; leave it out"
+        )
     norm = "batch" if recipe.student.norm == "sync" else recipe.student.norm
     return dict(recipe.student.decoder_options) | ({"norm": norm} if norm else {})
 
@@ -278,10 +286,10 @@ def batch_norm_note(recipe: Recipe, student: Student | LatentStudent) -> str:
     if not has_batchnorm or kind == "frozen" or (seen == batch and seen >= 4):
         return ""
     why = "the result depends on processes and accumulate" if seen < batch else "its statistics are mostly noise"
-    sync_hint = "" if kind == "sync" else ', "sync" joins the processes'
+    sync_hint = "" if kind == "sync" else ', and "sync" shares them between processes'
     return (
         f"BatchNorm sees {seen} of a step's {batch} images at a time, so {why}: "
-        f'student.norm = "group" or "frozen" has no such statistics{sync_hint}'
+        f'student.norm = "group" or "frozen" avoids batch statistics{sync_hint}'
     )
 
 

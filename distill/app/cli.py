@@ -39,8 +39,8 @@ ORDER = [
 STOPPED = 130
 
 EPILOG = """examples:
-  distill demo                                     the whole loop on the recipe that ships
-  distill label demo --set crops.crops_per_image=2  a recipe that ships (`distill list recipes`), or a file of yours
+  distill demo                                     the whole loop on the shipped demo recipe
+  distill label demo --set crops.crops_per_image=2  a shipped recipe (`distill list recipes`), or your own file
   accelerate launch --num_processes 8 -m distill label sa1b_dav2_genpercept
   distill score --predictions preds/ --kind affine_disparity --benchmark nyu --root data/nyu.tar --out nyu.json
 """
@@ -78,8 +78,11 @@ def _switches(parser: argparse.ArgumentParser, *, default: Any) -> None:
     """Adds the switches that every command takes."""
     group = parser.add_argument_group("every command")
     for name, help_ in (
-        ("--quiet", "results and errors alone: no notes, no progress"),
-        ("--json", "a JSON object per line: results on standard output; notes, progress and errors on standard error"),
+        ("--quiet", "print only results and errors, no notes or progress"),
+        (
+            "--json",
+            "print a JSON object per line: results on standard output; notes, progress and errors on standard error",
+        ),
         ("--debug", "show the traceback of an error"),
     ):
         group.add_argument(name, action="store_true", default=default, help=help_)
@@ -143,4 +146,4 @@ def _install_hint(module: str) -> str:
         return ""
     matches = [line for line in lines if re.match(rf"{re.escape(package)}\b", line) and "extra == '" in line]
     extra = matches[0].rpartition("extra == '")[2].rstrip("'") if matches else ""
-    return f"; it comes with pip install 'depth-distill[{extra}]'" if extra else ""
+    return f"; install it with pip install 'depth-distill[{extra}]'" if extra else ""

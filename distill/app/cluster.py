@@ -127,7 +127,7 @@ def label_on(recipe: Recipe, address: str, *, look_s: float = LOOK_S) -> LabelOu
                 workers.stop()
                 part, count = status.deadly[0]
                 raise ChildProcessError(
-                    f"{part}: {count} workers were killed with it; see Ray's logs of them, or try it alone"
+                    f"{part}: {count} workers were killed while labelling it; see their Ray logs, or label it alone"
                 )
             if not workers.calls and (workers.failed or (status is not None and status.complete)):
                 break
@@ -177,12 +177,12 @@ class _Workers:
                 node, duration, result = ray.get(call)
             except ray.exceptions.RayTaskError as error:
                 self.failed = error.as_instanceof_cause()
-                note(f"a worker has failed: {str(error.cause).splitlines()[0]}")
+                note(f"a worker failed: {str(error.cause).splitlines()[0]}")
                 continue
             except ray.exceptions.RayActorError:
                 self.console.died += 1
                 self.enough = False
-                note("a worker has died; its part is made by another")
+                note("a worker died; another one will label its part")
                 continue
             if result is None:
                 self.enough = True

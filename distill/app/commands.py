@@ -96,8 +96,8 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
     """Loads the teachers and returns the labelling function with its arguments; steps: generator `work_by_parts`."""
     if (folder / CACHED).is_dir():
         raise ValueError(
-            f"{folder} keeps some tars of finished labels (labels.cache_gb): labelling here would make the others "
-            "anew; train on it, set labels.cache_gb = 0 to have them all, or delete it"
+            f"{folder} keeps only some tars of finished labels (labels.cache_gb), and labelling here would make the "
+            "others again: train on it, set labels.cache_gb = 0 to fetch all of them, or delete it"
         )
     if build.process()[0] == 0:
         trusted_recipes.remember(as_table(recipe))
@@ -116,7 +116,7 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
     else:
         labels, measured = measure()
     for name, off in measured.get("from_float32", {}).items():
-        note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
+        note(f"teacher {name}: differs from eager float32 by {off['median']:.2%} of the spread (median)")
     return partial(
         labeller,
         images,
@@ -138,10 +138,10 @@ def _note_moved_labels(recipe: Recipe, folder: Path, images: list[InputShard], t
     if match := moved.find_moved_labels(folder, settings, images, recipe.crops, recipe.labels):
         other, name = match
         now, then = (stem if images[0].is_tar else stem.rpartition("_")[0] for stem in (images[0].stem, name))
-        rename_hint = f"rename {now} back to {then} and " if name else ""
+        rename_hint = f"rename {now} back to {then}, " if name else ""
         note(
-            f"{other} has finished labels of these files, which had another path then; here they are made anew: to use "
-            f"those, stop this, {rename_hint}give --set labels.root={other}"
+            f"{other} has finished labels of these files from when their path was different; they are made again here. "
+            f"To use those instead, stop this command, {rename_hint}and add --set labels.root={other}"
         )
 
 
@@ -149,7 +149,7 @@ def tell_labels(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bo
     """Prints the outcome of labelling; send: upload to the mirror too, if the recipe names one."""
     if recipe.labels.meeting or not outcome.last:
         place = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
-        state = "complete" if outcome.complete else "all parts are made, another worker writes the manifest"
+        state = "complete" if outcome.complete else "all parts are done; another worker is writing the manifest"
         say(f"{place}: {state}; {outcome.parts} parts made here")
     elif outcome.complete:
         manifest = shards.read_manifest(folder)
@@ -167,7 +167,9 @@ def tell_labels(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bo
         if manifest.get("passed"):
             note(f"  ignored: {counted(manifest['passed'])}")
         if not count:
-            raise ValueError(f"{folder}: nothing was labelled, for no image was usable; fix what is quarantined above")
+            raise ValueError(
+                f"{folder}: nothing was labelled because no image was usable; fix the quarantined ones above"
+            )
         if recipe.labels.mirror and send:
             with progress("send to the mirror") as report:
                 sent = mirror.publish(folder, recipe.labels.mirror, report=report)
@@ -207,7 +209,7 @@ def _train(recipe: Recipe) -> TrainResult:
             features=features,
         )
     selection = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
-    speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
+    speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "already trained, nothing to do"
     say(
         f"{result.folder}: step {result.selected_step} of {result.step}, {selection}, {speed}",
         student=str(result.folder),
@@ -225,8 +227,8 @@ def check_disk(recipe: Recipe, student: torch.nn.Module) -> None:
     free, place = machine.free_disk(recipe.run.folder)
     if free < 2 * size:
         raise OSError(
-            f"{place} has {free / 1e9:.2f} GB free, a checkpoint takes {size / 1e9:.2f} GB, beside the one before: "
-            "free some, or set run.out to another disk"
+            f"{place} has {free / 1e9:.2f} GB free, but a checkpoint takes {size / 1e9:.2f} GB while the previous one "
+            "is still there: free some space, or set run.out to another disk"
         )
     if free < (recipe.train.keep_last + 2) * size:
         space_needed = f"{recipe.train.keep_last} checkpoints of {size / 1e9:.2f} GB"

@@ -42,7 +42,10 @@ def name_is_a_word(subject: Subject) -> None:
 def cards(subject: Subject) -> None:
     """`CARDS` holds a `Card` for each published checkpoint, the default first, all of the plug-in's own name."""
     published = subject.module.CARDS
-    require(published and all(isinstance(card, Card) for card in published), "CARDS is empty, or not of Card alone")
+    require(
+        published and all(isinstance(card, Card) for card in published),
+        "CARDS is empty, or holds something other than a Card",
+    )
     others = {card.name for card in published} - {subject.name}
     require(not others, f"a card's name is {', '.join(sorted(others))}, not {subject.name}")
     require(len({card.weights for card in published}) == len(published), "two cards have the same weights")
@@ -52,13 +55,13 @@ def cards_say_what_is_owed(subject: Subject) -> None:
     """Each card says weights, kind, licence of weights and of code; none under an NC licence is `commercial`."""
     for card in subject.module.CARDS:
         complete = card.weights and card.licence and card.code_licence and isinstance(card.kind, Kind)
-        require(complete, f"the card of {card.weights or '?'} leaves one of them out")
+        require(complete, f"the card of {card.weights or '?'} lacks one of them")
         closed = "NC" in card.licence.upper().replace("-", " ").split()
         require(not (card.commercial and closed), f"{card.weights}: commercial = True under {card.licence}")
 
 
 def load_signature(subject: Subject) -> None:
-    """`Teacher.load(weights, *, device, dtype, ...)`: keywords alone behind weights and no **kwargs, for they are the schema of a recipe's options."""  # noqa: E501 - the promise is one line
+    """`Teacher.load(weights, *, device, dtype, ...)`: only keywords after weights and no **kwargs, since they are the schema of a recipe's options."""  # noqa: E501 - the promise is one line
     parameters = signature(subject.module.Teacher.load)
     require(list(parameters)[:1] == ["weights"], f"load takes {', '.join(parameters)}")
     for keyword in ("device", "dtype"):
@@ -100,12 +103,12 @@ def prediction(subject: Subject) -> None:
 
 
 def batches(subject: Subject) -> None:
-    """A batch of N equals N batches of one, the same question has the same answer, and the images stay as they are."""
+    """A batch of N equals N batches of one, equal calls give equal predictions, and the images are not changed."""
     images = torch.rand(3, 3, *SIZE)
     before = images.clone()
     whole = subject.predict(images).values
     require(torch.equal(images, before), "predict wrote into the images")
-    require(torch.equal(subject.predict(images).values, whole), "asked twice, it answered two things")
+    require(torch.equal(subject.predict(images).values, whole), "two equal calls gave different predictions")
     if subject.teacher.card.seeded:
         keys = [f"key{i}" for i in range(3)]
         alone = [subject.teacher.predict(images[i : i + 1], keys=[keys[i]]).values for i in range(3)]
@@ -123,7 +126,7 @@ def images_at_the_door(subject: Subject) -> None:
             subject.predict(bad)
         except ValueError:
             continue
-        raise ContractError(f"{tuple(bad.shape)} {bad.dtype} was taken")
+        raise ContractError(f"{tuple(bad.shape)} {bad.dtype} was accepted")
 
 
 # --- decoders ---------------------------------------------------------------------------------------------------------
@@ -146,13 +149,13 @@ def every_parameter_learns(subject: Subject) -> None:
 
 
 def options_build_it_again(subject: Subject) -> None:
-    """A decoder's `options` are plain values that build it again; its constructor takes no **kwargs, for it is the schema of `decoder_options`."""  # noqa: E501 - the promise is one line
+    """A decoder's `options` are plain values that build it again; its constructor takes no **kwargs, since it is the schema of `decoder_options`."""  # noqa: E501 - the promise is one line
     signature(subject.module.Decoder)
     decoder = subject.decoder
     options = json.loads(json.dumps(decoder.options))
     again = subject.module.Decoder(**options)
     shapes, same = ({k: tuple(v.shape) for k, v in one.state_dict().items()} for one in (decoder, again))
-    require(shapes == same, f"{options} builds another network")
+    require(shapes == same, f"{options} build another network")
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def facts(subject: Subject) -> None:
     """`FACTS` is a `Facts` that says title, url, licence and the kind of its truth; none under an NC licence is `commercial`."""  # noqa: E501 - the promise is one line
     found = subject.module.FACTS
     require(isinstance(found, Facts), f"it is {type(found).__name__}")
-    require(found.title and found.url and found.licence and isinstance(found.kind, Kind), "it leaves one of them out")
+    require(found.title and found.url and found.licence and isinstance(found.kind, Kind), "one of them is missing")
     closed = "NC" in found.licence.upper().replace("-", " ").split()
     require(not (found.commercial and closed), f"commercial = True under {found.licence}")
 
@@ -242,8 +245,8 @@ def kind_of(asked: str) -> str:
     if len(kinds) != 1:
         signs = ", ".join(f"{sign} ({kind})" for kind, sign in SIGNS.items())
         none = f"has none of {signs}" if is_path(asked) else "names no plug-in"
-        what = f"is of {', '.join(kinds)}" if kinds else none
-        raise LookupError(f"{asked} {what}: say --kind, one of {', '.join(KINDS)}")
+        what = f"could be any of {', '.join(kinds)}" if kinds else none
+        raise LookupError(f"{asked} {what}: give --kind, one of {', '.join(KINDS)}")
     return kinds[0]
 
 
@@ -268,10 +271,12 @@ def check(subject: Subject) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m distill.contracts PLUGIN`; 0 where every promise is kept, 1 where one is broken, 2 for no plug-in."""
     parser = argparse.ArgumentParser(prog="python -m distill.contracts", description=__doc__.partition("\n")[0])
-    parser.add_argument("plugin", metavar="PLUGIN", help="a file, or the name of one that is installed")
-    parser.add_argument("--kind", choices=list(KINDS), help="where it could be more than one thing")
-    parser.add_argument("--weights", default="", metavar="PATH", help="of a teacher; small ones do")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of load, of Decoder")
+    parser.add_argument("plugin", metavar="PLUGIN", help="a file, or the name of an installed plug-in")
+    parser.add_argument("--kind", choices=list(KINDS), help="the plug-in's kind, if it could be more than one")
+    parser.add_argument("--weights", default="", metavar="PATH", help="a teacher's weights; small ones are enough")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of load or of Decoder"
+    )
     args = parser.parse_args(argv)
     try:
         options: dict[str, Any] = {}

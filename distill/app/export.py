@@ -90,7 +90,7 @@ def run_export(
         if not deviation <= {32: 1e-5, 16: 1e-2, 4: 0.5}[options.bits]:
             reason = export.flatness(student)
             raise ValueError(
-                f"{out}: not written, for its outputs differ from {folder}'s by {deviation:.2g} of their spread{reason}"
+                f"{out}: not written: its outputs differ from {folder}'s by {deviation:.2g} of their spread{reason}"
             )
         size = (aside / checkpoint.WEIGHTS).stat().st_size
         line = f"{out}: {size / 1e6:.2f} MB, outputs differ by {deviation:.1g} of their spread"
@@ -179,7 +179,7 @@ def _write_graphs(
         except QualityError as error:
             if bits != 8:
                 raise
-            note(f"all in INT8 is refused ({error}); now the weights alone in eight bits, computed in float32")
+            note(f"the graph in INT8 is refused ({error}); now only its weights in eight bits, computed in float32")
             lines.append(write(replace(form, matrices="weights")))
     if options.browser:
         page = (Path(onnx_graph.__file__).parent / "demo.html").read_text(encoding="utf-8")
@@ -215,12 +215,12 @@ def _write_native(student: Student, out: Path, options: ExportOptions, card: Map
     """Writes transformers' own class to a folder of its own, which cannot hold graphs or other precisions."""
     if options.onnx or options.program or options.bits != 32:
         raise ValueError(
-            f"{out}: a native class of transformers is a folder by itself, in 32 bits: export it apart from --onnx, "
+            f"{out}: --transformers native writes a folder of its own, in 32 bits: export it without --onnx, "
             "--program and --bits, or use --transformers code"
         )
     known = {checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD, *checkpoint.EXPORTS}
     if out.exists() and (others := sorted(p.name for p in out.iterdir() if p.name not in known)):
-        raise FileExistsError(f"{out}: holds {others[0]}; an export is only written to a folder of its own")
+        raise FileExistsError(f"{out} holds {others[0]}; give the export a folder of its own")
     with files.writing_folder(out) as aside:
         line = to_transformers.write(student, aside, how="native")
         about: dict[str, Any] = {"native_size": student.native_size, "kind": student.kind}

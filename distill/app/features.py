@@ -53,7 +53,7 @@ def stored_features(recipe: Recipe, dataset: Any, student: Any) -> FeatureStore 
     if not isinstance(dataset, LabelDataset):
         raise RecipeError("train.cache_features needs labels on disk: set labels.online = false")
     if "feature" in recipe.loss.weights:
-        note("loss.feature compares a frozen encoder with itself: it is nothing here, and is left out")
+        note("loss.feature would compare the frozen encoder with itself: it would be 0, and is left out")
     folder, on = features_folder(recipe, dataset, student), build.device(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     with mutex(folder):  # one process computes, the others wait for it

@@ -54,9 +54,7 @@ def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
     path = Path(word).expanduser()
     if equals and (is_path(name) or name.isidentifier()):
         if Path(root).expanduser().is_file():
-            raise ValueError(
-                f"{word}: a data set's root is a folder; pairs need no name, their table is enough: {root}"
-            )
+            raise ValueError(f"{word}: a data set's root must be a folder; for pairs give only their table: {root}")
         facts = find(FOLDER, name).FACTS
         return [_of_entries(short_name(name), word, published.dataset(name, root), far, limit, facts)]
     if (path / MANIFEST).is_file():
@@ -66,7 +64,7 @@ def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
         return [_of_entries(safe_key(source_name), word, sources.pairs(path), far, limit, None)]
     if path.is_dir():
         raise FileNotFoundError(
-            f"{word}: neither a labels folder ({MANIFEST}) nor pairs (INDEX.tsv); a data set is NAME={word}"
+            f"{word}: neither a labels folder ({MANIFEST}) nor pairs (INDEX.tsv); for a data set write NAME={word}"
         )
     recipe = load_recipe(word, command="label")
     shards = input_shards(recipe)

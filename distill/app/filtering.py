@@ -110,7 +110,7 @@ def cut(text: str) -> tuple[str, str, float]:
             return match[1], match[2], float(match[3])
     except ValueError:
         pass
-    raise ValueError(f"{text!r} is no cut; write a score, < or >, and a number: 'disagreement>0.3'")
+    raise ValueError(f"{text!r} is not a cut; write a score, < or >, and a number, as in 'disagreement>0.3'")
 
 
 def worst(text: str) -> tuple[str, float]:
@@ -119,7 +119,7 @@ def worst(text: str) -> tuple[str, float]:
     try:
         return name.strip(), float(share)
     except ValueError:
-        raise ValueError(f"{text!r} is no share; write a score, = and a share: s_dist=0.2") from None
+        raise ValueError(f"{text!r} is not a score with a share; write both, as in s_dist=0.2") from None
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------

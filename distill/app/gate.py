@@ -60,8 +60,8 @@ class Gate:
         if not after_score >= before_score - MAY_DROP and not self.allow_drop:
             drop = 100 * (before_score - after_score)
             raise QualityError(
-                f"{out}: not written, for its {line} is a loss of {drop:.2f} points, more than {100 * MAY_DROP}; "
-                "another precision, more calibration images, or --allow-drop"
+                f"{out}: not written: {line} is a loss of {drop:.2f} points, more than {100 * MAY_DROP}; "
+                "use another precision, more calibration images, or --allow-drop"
             )
         return line
 
@@ -82,7 +82,7 @@ def delta1(run: Run, samples: Sequence[BenchmarkSample], protocol: Protocol, kin
         with contextlib.suppress(NoGroundTruthError):  # a label whose fit was dropped is nowhere valid
             sums.append(measure(run(sample.image()).numpy(), sample.truth(), kind, fitted).sums)
     if not sums:
-        raise ValueError("none of the images that the gate looks at has a valid truth: give another --gate")
+        raise ValueError("none of the gate's images has valid ground truth: give another --gate")
     return float(from_sums(torch.stack(sums))["delta1"].mean())
 
 

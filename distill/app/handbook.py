@@ -103,7 +103,7 @@ def teachers() -> str:
     cards = {name: list(find("distill.teachers", name).CARDS) for name in _ours("distill.teachers")}
     count = sum(len(teacher_cards) for teacher_cards in cards.values())
     text = [
-        f"# Teachers' cards\n\n{_ORIGIN} `distill list teachers` also says which weights lie on this machine. "
+        f"# Teachers' cards\n\n{_ORIGIN} `distill list teachers` also says which weights are on this machine. "
         f"{count} cards of {len(cards)} teachers; the first of each is its default.\n"
     ]
     for name, teacher_cards in cards.items():
@@ -126,8 +126,8 @@ def _card(card: Card) -> list[str]:
 def benchmarks() -> str:
     """Every benchmark with its protocol."""
     text = [
-        f"# Benchmarks and their protocols\n\n{_ORIGIN} The id is that of scoring affine disparity; numbers of two ids "
-        "do not compare. [Why one model has two numbers](../protocols.md).\n"
+        f"# Benchmarks and their protocols\n\n{_ORIGIN} The id is that of scoring affine disparity; numbers "
+        "with different ids are not comparable. [Why one model has two numbers](../protocols.md).\n"
     ]
     rows = []
     for name in _ours("distill.eval.benchmarks"):

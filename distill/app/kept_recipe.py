@@ -41,14 +41,14 @@ def kept_recipe(recipe: Recipe) -> Iterator[None]:
     if before is not None and (changed := _relevant(differences(recipe, recipe.run.folder), recipe)):
         more = f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
         note(
-            f"{recipe.run.folder} was made with other values of {', '.join(changed[:_LISTED])}{more}: an experiment of "
-            "its own needs a name of its own, --set run.name=NAME"
+            f"{recipe.run.folder} was made with other values of {', '.join(changed[:_LISTED])}{more}; give "
+            "a new experiment its own name: --set run.name=NAME"
         )
     # Workers on several machines are each a first process, and write at the same time.
     aside = f".{secrets.token_hex(6)}"
     files.write_text(path, dumps(recipe), suffix=aside)
     for name in recipe.unjudged:
-        note(f"[{name}] has faults, which do not matter here; `distill show` says which")
+        note(f"[{name}] has faults, which this command ignores; `distill show` lists them")
     try:
         yield
     except (ValueError, LookupError, FileNotFoundError):

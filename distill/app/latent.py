@@ -51,7 +51,7 @@ def make(recipe: Recipe, seed: int) -> LatentStudent:
         torch.manual_seed(seed)
         student = _latent_student.begin(recipe.student.weights, request)
     if recipe.crops.size % student.factor:
-        raise RecipeError(f"crops.size = {recipe.crops.size} is no multiple of {student.factor}, the VAE's")
+        raise RecipeError(f"crops.size = {recipe.crops.size} is not a multiple of {student.factor}, the VAE's factor")
     return student
 
 

@@ -35,7 +35,7 @@ def run_local(recipe: Recipe) -> Path:
     samples, rejected = chosen_samples(recipe)
     with_truth = [sample for sample in samples if bool(sample.truth().valid.any())]
     if not with_truth:
-        raise RecipeError("compare --local measures against truth, which none of the recipe's images has")
+        raise RecipeError("compare --local needs ground truth, which none of the recipe's images has")
     results: dict[str, Any] = {}
     for entrant in entrants(recipe, with_truth):
         teacher = entrant.load()

@@ -37,7 +37,7 @@ def says_what_it_ignores(subject: Subject) -> None:
     pred, target, valid = _maps()
     loss, moved = (subject.module.compare(p, target, valid).loss for p in (pred, 3 * pred + 1))
     same = torch.allclose(moved, loss, rtol=1e-4)
-    require(same is subject.module.INVARIANT, f"INVARIANT = {subject.module.INVARIANT}, and it is {same}")
+    require(same is subject.module.INVARIANT, f"INVARIANT = {subject.module.INVARIANT}, but the check gives {same}")
     require(isinstance(subject.module.LEVELS, tuple), f"LEVELS = {subject.module.LEVELS!r}")
 
 
@@ -47,7 +47,7 @@ def only_valid_pixels_count(subject: Subject) -> None:
     loss = subject.module.compare(pred, target, valid).loss
     spoilt = [torch.where(valid, values, torch.nan).requires_grad_() for values in (pred, target)]
     masked = subject.module.compare(*spoilt, valid).loss
-    require(torch.allclose(masked, loss), f"NaN outside made {loss.tolist()} {masked.tolist()}")
+    require(torch.allclose(masked, loss), f"NaN outside turned {loss.tolist()} into {masked.tolist()}")
     masked.sum().backward()
     of_pred, of_target = (one.grad for one in spoilt)
     finite = of_pred is not None and bool(torch.isfinite(of_pred).all())
@@ -64,13 +64,15 @@ NORMALIZATIONS: tuple[Contract, ...] = (compares_per_image, says_what_it_ignores
 def says_its_key(subject: Subject) -> None:
     """`WEIGHT` is a number, `NEEDS` a set of the known words, both written out; the docstring's first line is the key's meaning, and `term`'s options have a line each."""  # noqa: E501 - the promise is one line
     module, facts = subject.module, term_facts(subject.asked)
-    require(facts.weight == module.WEIGHT, f"WEIGHT is {module.WEIGHT}, and reads {facts.weight}")
-    require(facts.needs == module.NEEDS, f"NEEDS is {sorted(module.NEEDS)}, and reads {sorted(facts.needs)}")
-    require(facts.needs <= NEEDS, f"nobody meets {', '.join(sorted(facts.needs - NEEDS))}; there are {sorted(NEEDS)}")
-    require(facts.meaning.endswith("."), f"its first line is {facts.meaning!r}, which is no sentence")
+    require(facts.weight == module.WEIGHT, f"WEIGHT is {module.WEIGHT}, but its source reads {facts.weight}")
+    require(facts.needs == module.NEEDS, f"NEEDS is {sorted(module.NEEDS)}, but its source reads {sorted(facts.needs)}")
+    require(facts.needs <= NEEDS, f"unknown needs {', '.join(sorted(facts.needs - NEEDS))}; there are {sorted(NEEDS)}")
+    require(facts.meaning.endswith("."), f"its first line is {facts.meaning!r}, which is not a sentence")
     options = [p.name for p in signature(module.term).values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     require([*facts.options] == options, f"the options {options} need defaults that are plain values")
-    require({*facts.meanings} >= {*options}, f"of {options}, {sorted(facts.meanings)} have a line in the docstring")
+    require(
+        {*facts.meanings} >= {*options}, f"of {options}, only {sorted(facts.meanings)} have a line in the docstring"
+    )
 
 
 def _given(subject: Subject, *, spoilt: bool = False, rows: int = 3) -> Given:
@@ -94,18 +96,18 @@ def _given(subject: Subject, *, spoilt: bool = False, rows: int = 3) -> Given:
 
 
 def one_number_per_image(subject: Subject) -> None:
-    """`term(given)` gives one value per image, (B,), whatever images are beside it."""
+    """`term(given)` gives one value per image, (B,), whatever the other images are."""
     whole, alone = (subject.module.term(_given(subject, rows=rows)) for rows in (3, 1))
     require(tuple(whole.shape) == (3,), f"three images gave {tuple(whole.shape)}")
     require(bool(torch.isfinite(whole).all()), f"it gave {whole.tolist()}")
-    require(torch.allclose(whole[:1], alone), f"the first image gave {whole[0]:.6g}, and by itself {alone[0]:.6g}")
+    require(torch.allclose(whole[:1], alone), f"the first image gave {whole[0]:.6g}, but {alone[0]:.6g} alone")
 
 
 def only_labelled_pixels_teach(subject: Subject) -> None:
     """An invalid pixel never counts, NaN included, an image without any valid one gives 0 unless only features matter, and the gradient is finite."""  # noqa: E501 - the promise is one line
     plain, given = _given(subject), _given(subject, spoilt=True)
     clean, spoilt = subject.module.term(plain), subject.module.term(given)
-    require(torch.allclose(clean, spoilt), f"NaN outside made {clean.tolist()} {spoilt.tolist()}")
+    require(torch.allclose(clean, spoilt), f"NaN outside turned {clean.tolist()} into {spoilt.tolist()}")
     if "features" not in subject.module.NEEDS:
         empty = float(spoilt[2].detach())
         require(empty == 0.0, f"an image without valid pixels gave {empty:.6g}")

@@ -113,7 +113,7 @@ def _try(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:
         return work()
     except _FAULTS as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
-        findings.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not looked at"))
+        findings.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not checked"))
         return None
 
 
@@ -142,7 +142,7 @@ def _about_images(recipe: Recipe, images: Images, *, crops: bool) -> Iterator[Fi
             f"with {idle[0]} processes or more set labels.samples_per_part = {suggested}",
         )
     if recipe.labels.licence == "unknown":
-        yield Finding("warn", "labels.licence is unknown", "say it: it goes into the manifest and the student's card")
+        yield Finding("warn", "labels.licence is unknown", "set it: it goes into the manifest and the student's card")
     if crops:
         yield from about_samples(recipe, images)
 
@@ -155,7 +155,7 @@ def _about_teachers(recipe: Recipe, teachers: Any) -> Iterator[Finding]:
             continue
         yield Finding("ok", f"teacher {name}: weights {card.weights} ({card.revision}), predicts {card.kind}")
         level: Level = "ok" if card.commercial else "warn"
-        remedy = "" if card.commercial else "students of it may not be sold; labels.commercial_only refuses it"
+        remedy = "" if card.commercial else "its students may not be sold; labels.commercial_only = true refuses it"
         yield Finding(level, f"teacher {name}: licence {card.licence}", remedy)
 
 
@@ -183,15 +183,17 @@ def _about_sizes(recipe: Recipe, teachers: Any, student: torch.nn.Module | None)
             if side % multiple:
                 yield Finding(
                     "warn",
-                    f"{key} = {side} is no multiple of {multiple}, which {who} works in",
-                    f"take {side // multiple * multiple or multiple}, or let it resize",
+                    f"{key} = {side} is not a multiple of {multiple}, as {who} expects",
+                    f"use {side // multiple * multiple or multiple}, or let it resize",
                 )
     step = student.factor if isinstance(student, LatentStudent) else 1
     step = getattr(getattr(student, "encoder", None), "patch_size", step)
     if recipe.crops.width % step:
-        yield Finding("warn", f"crops.width = {recipe.crops.width} is no multiple of the student's patch of {step}", "")
+        yield Finding(
+            "warn", f"crops.width = {recipe.crops.width} is not a multiple of the student's patch, {step}", ""
+        )
     if size % step:
-        yield Finding("warn", f"crops.size = {size} is no multiple of the student's patch of {step}", "it will pad")
+        yield Finding("warn", f"crops.size = {size} is not a multiple of the student's patch, {step}", "it will pad")
     if recipe.crops.min_side < size:
         yield Finding("warn", f"crops.min_side = {recipe.crops.min_side} < size = {size}: small regions are enlarged")
 
@@ -212,10 +214,10 @@ def _about_machine(recipe: Recipe) -> Iterator[Finding]:
     free, limit = machine.shared_memory(), machine.open_files()
     if recipe.train.workers and free is not None:
         line = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED}"
-        remedy = "fewer processes read, and less ahead; give the container more: docker run --shm-size=8g"
+        remedy = "fewer processes will read, and less ahead; give the container more: docker run --shm-size=8g"
         yield Finding("warn", line, remedy) if free < machine.LITTLE else Finding("ok", line)
     if limit is not None and 0 <= limit < 1024:
-        yield Finding("warn", f"a process may open {limit} files", "raise it: ulimit -n 4096")
+        yield Finding("warn", f"a process may open only {limit} files", "raise it: ulimit -n 4096")
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------
@@ -264,7 +266,7 @@ def _about_labelling(
     )
     if limit := recipe.labels.cache_gb * 1e9:
         traffic = Traffic(tars=images.parts, samples=total, size=float(total * sample_bytes), limit=limit)
-        remedy = "raise labels.cache_gb: what is not kept here is fetched at every visit"
+        remedy = "raise labels.cache_gb: tars not kept here are fetched again at every visit"
         level: Level = "ok" if traffic.fits else "warn"
         yield Finding(level, traffic.sentence, "" if traffic.fits else remedy)
 
@@ -346,9 +348,9 @@ def _about_training(
         if kind := latent.another_prediction(recipe, student):
             yield Finding(
                 "warn",
-                f"student.weights: by its scheduler the network predicts {kind}, and is taught velocity, which it has "
-                "to learn anew: there is no trajectory to keep",
-                "take a base that predicts it (Stable Diffusion 2 or 2.1 of 768 pixels), or set latent.trajectory = 0",
+                f"student.weights: its scheduler says that the network predicts {kind}, but it is trained to predict "
+                "velocity, which it must learn from scratch: there is no trajectory to keep",
+                "use a base that predicts it (Stable Diffusion 2 or 2.1 of 768 pixels), or set latent.trajectory = 0",
             )
         yield from latent_costs.about(replace(recipe, train=train), student, seconds, device.type.upper(), samples)
 

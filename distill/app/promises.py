@@ -55,7 +55,7 @@ class Subject:
         """The loaded teacher; without `weights`, its first card's, if they need no download."""
         weights = self.weights or self.module.CARDS[0].weights
         if not self.weights and weights not in ("none", "pocket"):
-            raise NotCheckedError("needs weights: --weights PATH, and --set KEY=VALUE for options of load")
+            raise NotCheckedError("needs weights: give --weights PATH, and --set KEY=VALUE for options of load")
         return self.module.Teacher.load(weights, **self.options)
 
     def predict(self, images: torch.Tensor) -> DepthMap:
@@ -92,5 +92,5 @@ def signature(function: Callable[..., object]) -> Mapping[str, inspect.Parameter
     """The parameters of a function, as the schema of a recipe's keys; ContractError if it takes *args or **kwargs."""
     parameters = inspect.signature(function).parameters
     loose = [p.name for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    require(not loose, f"{function.__qualname__} takes *{', *'.join(loose)}: no key could be told to be unknown")
+    require(not loose, f"{function.__qualname__} takes *{', *'.join(loose)}: unknown keys could not be detected")
     return parameters

@@ -58,7 +58,7 @@ def publish_labels(
     Raises ValueError for incomplete labels, or if `out` holds other files, OSError if it cannot be written.
     """
     if problems := shards.verify(folder, report=report):
-        raise ValueError(f"{folder} is not whole: {problems[0]}; run distill verify {folder} --repair")
+        raise ValueError(f"{folder} has faults: {problems[0]}; run distill verify {folder} --repair")
     manifest = shards.read_manifest(folder)
     shared = images == "include" or (images == "auto" and may_share(manifest["licence"]["images"] or ""))
     # The paths of photographs on this machine stay private.
@@ -230,7 +230,7 @@ def _writing(out: Path) -> Iterator[Path]:
     Raises ValueError if `out` holds anything that was not published by this command.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SUMS).is_file())):
-        raise ValueError(f"{out} is there and was not published by this command: give another folder")
+        raise ValueError(f"{out} exists and was not written by this command: give another folder")
     with files.writing_folder(out) as aside:
         yield aside
         rules = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in _LFS)
@@ -260,6 +260,6 @@ def check(folder: Path) -> list[str]:
         if not path.is_file():
             faults.append(f"{name} is missing")
         elif files.file_sha256(path) != expected:
-            faults.append(f"{name} is not what its checksum says")
+            faults.append(f"{name} does not match its checksum")
     large = [p.name for p in folder.iterdir() if p.stat().st_size > 10**7 and not any(p.match(rule) for rule in _LFS)]
-    return faults + [f"{name} is large, and no rule of .gitattributes gives it to LFS" for name in large]
+    return faults + [f"{name} is large, but no rule of .gitattributes stores it in LFS" for name in large]

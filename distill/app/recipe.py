@@ -69,23 +69,24 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         names = [table.alias_or_name for table in tables]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
             faults.append(
-                ((table_name,), f"{table_name} named twice: {', '.join(duplicates)}; give each an alias of its own")
+                ((table_name,), f"{table_name} named twice: {', '.join(duplicates)}; give each its own alias")
             )
     known = [teacher.alias_or_name for teacher in recipe.teachers]
     for i, images in enumerate(recipe.images):
         for name in (name for name in images.teachers if name not in known):
             near = did_you_mean(name, known)
-            line = f"images[{i}].teachers: no teacher {name}{near}; [[teachers]] has {', '.join(known)}"
+            listed = f"[[teachers]] has {', '.join(known)}" if known else "the recipe has no [[teachers]]"
+            line = f"images[{i}].teachers: no teacher {name}{near}; {listed}"
             faults.append((("images", "teachers"), line))
     if recipe.crops.redraw and not recipe.labels.online:
-        line = "crops.redraw needs labels.online = true: labels on disk have their crops"
+        line = "crops.redraw needs labels.online = true: labels on disk have fixed crops"
         faults.append((("crops", "labels"), line))
     faults += _label_faults(recipe)
     student, train = recipe.student, recipe.train
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
         line = (
             "student.exclude_frozen_encoder needs train.freeze_encoder = true and student.weights = a local file, "
-            "which whoever loads the student must have"
+            "which everyone who loads the student must have"
         )
         faults.append((("student", "train"), line))
     faults += _augmentation_faults(recipe)
@@ -110,19 +111,24 @@ def _latent_faults(recipe: Recipe) -> list[str]:
     """Contradictions between [latent] and the student's network."""
     student, latent, train, faults = recipe.student, recipe.latent, recipe.train, []
     if student.network != "one_step_unet":
-        return ['[latent] is of student.network = "one_step_unet"'] if latent != LatentSettings() else []
+        line = '[latent] needs student.network = "one_step_unet": set that, or leave [latent] out'
+        return [line] if latent != LatentSettings() else []
     if student.head == "dpt":
         if latent.teacher != "genpercept" or not any(latent.image_weights):
-            faults.append('student.head = "dpt" is GenPercept\'s: set latent.negated = true and latent.image_mse')
+            faults.append('student.head = "dpt" belongs to GenPercept: set latent.negated = true and latent.image_mse')
         if latent.distance_weight or latent.gradient or latent.trajectory or latent.pseudo == "filter":
             faults.append(
                 'student.head = "dpt" has no latents to compare: set latent.distance_weight, gradient and trajectory '
                 'to 0 and latent.pseudo to "direct" or "off"'
             )
     if train.freeze_encoder or train.freeze_steps or train.layer_decay != 1.0:
-        faults.append("train.freeze_encoder, freeze_steps and layer_decay are of encoders: a UNet is trained whole")
+        faults.append(
+            "train.freeze_encoder, freeze_steps and layer_decay are for encoders: a UNet is trained as a whole"
+        )
     if train.strategy != "select":
-        faults.append(f'train.strategy = "{train.strategy}" is of maps: a UNet learns from one teacher at a time')
+        faults.append(
+            f'train.strategy = "{train.strategy}" needs a student of maps: a UNet learns from one teacher at a time'
+        )
     return faults
 
 
@@ -130,7 +136,9 @@ def _augmentation_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     """Contradictions between [crops] and the augmentation of [train]."""
     crops, train, faults = recipe.crops, recipe.train, []
     if crops.width and train.random_resized_crop < 1.0:
-        faults.append("train.random_resized_crop cuts squares, and crops.width regions that are none: leave one out")
+        faults.append(
+            "train.random_resized_crop cuts squares, but crops.width makes regions that are not square: leave one out"
+        )
     if train.rotation and crops.patches != "none":
         faults.append('train.rotation turns whole regions: set crops.patches = "none", or leave it out')
     return [(("crops", "train"), line) for line in faults]
@@ -141,10 +149,10 @@ def _label_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     faults: list[tuple[tuple[str, ...], str]] = []
     without_truth = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
     if without_truth:
-        line = f'images[{without_truth[0]}] has no ground truth, which labels.align = "truth" fits every label to'
+        line = f'images[{without_truth[0]}] has no ground truth, but labels.align = "truth" fits every label to it'
         faults.append((("images", "labels"), line))
     if recipe.labels.names and recipe.labels.online:
-        line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
+        line = "labels.names selects labels on disk: with labels.online = true use images.names"
         faults.append((("labels",), line))
     return faults
 
@@ -159,9 +167,9 @@ def _kind_faults(student: StudentSettings, train: TrainSettings) -> list[str]:
     if train.kind not in ("affine_disparity", "metric_depth"):
         return [f'train.kind = "{train.kind}": a student predicts affine_disparity, or metric_depth']
     if train.kind == "metric_depth" and not (student.max_depth or student.init_from):
-        return ['train.kind = "metric_depth" needs student.max_depth, the farthest that the student can see in metres']
+        return ['train.kind = "metric_depth" needs student.max_depth, the largest depth that it can predict, in metres']
     if student.canonical_focal and train.kind != "metric_depth":
-        return ["student.canonical_focal is of a student that predicts metres: set train.kind and student.max_depth"]
+        return ["student.canonical_focal needs a student that predicts metres: set train.kind and student.max_depth"]
     if student.max_depth and train.kind != "metric_depth":
         return [f'student.max_depth = {student.max_depth} makes a metric student: set train.kind = "metric_depth"']
     return []

@@ -85,8 +85,8 @@ def repair(
         if recipe is None and not trusted and not trusted_recipes.known(as_table(chosen)):
             note(dumps(chosen))
             raise ValueError(
-                f"{folder / MANIFEST}: the recipe in it (above) was never run here, and would be: give your own with "
-                "--recipe RECIPE, or --trust-recipe"
+                f"{folder / MANIFEST}: the recipe in it (above) was never run here, and repairing would run it: give "
+                "your own with --recipe RECIPE, or --trust-recipe"
             )
         with run_lock(folder, rank=0, world=1):
             _set_aside(folder, problems)
@@ -96,7 +96,7 @@ def repair(
             break
     remaining = find_problems(folder)
     if remaining:
-        raise ValueError(f"{folder} is still not whole: {next(iter(remaining.values()))[0]}")
+        raise ValueError(f"{folder} still has faults: {next(iter(remaining.values()))[0]}")
     own_files = {MANIFEST, SETTINGS}
     for shard in read_manifest(folder)["shards"]:
         own_files |= {shard["name"], shard["name"].replace(".tar", ".json")}
@@ -104,7 +104,7 @@ def repair(
         if path.name.removesuffix(BAD) in own_files:
             path.unlink()
     for name in (name for name in remade if name not in own_files):
-        note(f"{folder / name} is no part of these labels: set aside as {name}{BAD}")
+        note(f"{folder / name} is not part of these labels: set aside as {name}{BAD}")
     return list(dict.fromkeys(name for name in remade if name in own_files))
 
 

@@ -24,7 +24,7 @@ def about_samples(recipe: Recipe, images: Images) -> Iterator[Finding]:
             described = f"{images.learnt} images" + " whose images.weight is above 0" * images.idle
             yield Finding(
                 "bad",
-                f"train.batch_size = {train.batch_size}, and {described} make at most {max_samples} training samples",
+                f"train.batch_size = {train.batch_size}, but {described} make at most {max_samples} training samples",
                 "lower train.batch_size, give more images, or raise crops.crops_per_image",
             )
     if recipe.student.canonical_focal:
@@ -46,6 +46,6 @@ def _without_camera(recipe: Recipe) -> Iterator[Finding]:
                 yield Finding(
                     "bad",
                     f"images[{number}]: {entry.origin} has no focal length, which student.canonical_focal needs",
-                    "give it one before labelling (the column focal of pairs, a data set's index), or leave it out",
+                    "add it before labelling (column focal of pairs, a data set's index), or leave canonical_focal out",
                 )
             break

@@ -55,13 +55,15 @@ def finding(what: str, card: float, processor: float, cores: int, codec: str) ->
     """
     table_rows = rates(card, processor, cores)
     table = ", ".join(f"{n}: {rate:.1f}" for n, rate, _ in table_rows)
-    line = f"{what} at most, samples/s by GPUs of this machine: {table}"
+    line = f"{what}, most samples/s by number of GPUs here: {table}"
     line += f" (a sample takes {card * 1e3:.0f} ms of a GPU and {processor * 1e3:.0f} ms of {cores} cores)"
     short = next((n for n, _, starved in table_rows if starved), None)
     if short is None:
         return Finding("ok", line)
     needed_cores = math.ceil(short / card * processor)
     if short > 1:
-        return Finding("ok", f"{line}; from {short} on the cores run short")
+        return Finding("ok", f"{line}; with {short} GPUs or more the cores are the bottleneck")
     cheaper = "" if codec == "zst" else ', and labels.codec = "zst" needs fewer'
-    return Finding("warn", f"{line}; from 1 on the cores run short", f"{needed_cores} cores keep 1 busy{cheaper}")
+    return Finding(
+        "warn", f"{line}; the cores are the bottleneck from 1 GPU on", f"{needed_cores} cores keep 1 busy{cheaper}"
+    )

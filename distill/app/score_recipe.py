@@ -102,7 +102,9 @@ def _show(recipe: Recipe, results: Sequence[scoring.Score]) -> None:
             cost=result.cost,
         )
     side_by_side = grid(results)
-    table(f"scores of {recipe.run.name} (* best, + these images do not tell who is)", *as_text(side_by_side))
+    table(
+        f"scores of {recipe.run.name} (* best, + not told apart from the best by these images)", *as_text(side_by_side)
+    )
     for line in side_by_side.notes:
         note(f"  {line}")
 
@@ -171,5 +173,5 @@ def _failed_images(result: scoring.Score, samples: Sequence[BenchmarkSample], st
         return []
     count = f"{len(failures)} of {len(samples)} images of {result.benchmark} could not be scored for {result.model}"
     omitted = [f"  and {len(failures) - 20} more"] if len(failures) > 20 else []
-    remedy = "  fix the benchmark's files that are named, delete the maps that are, and score again"
+    remedy = "  fix the benchmark's files and delete the maps that are named above, then score again"
     return [f"{count}; no mean", *failures[:20], *omitted, remedy]

@@ -108,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         _, key, name = [*url.path.split("/"), "", ""][:3]
         depth = self.server.results.get(key)
         if depth is None:
-            self._fault(404, "this result is gone: give the photo again")
+            self._fault(404, "this result is no longer kept: send the photo again")
             return
         try:
             data, suffix = _file(depth, name, _options(url.query))
@@ -124,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Predicts the depth of a photo."""
         origin = self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
-            self._refuse(403, "another site's page may not use this one")
+            self._refuse(403, "requests from another site's page are refused")
             return
         length = self.headers.get("Content-Length", "")
         size = int(length[:20]) if length.isdecimal() else 0  # Python refuses numbers of thousands of digits
@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._fault(400, str(error))
         except (RuntimeError, MemoryError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            self._fault(500, f"the model failed on it: {reason}")
+            self._fault(500, f"the model failed on this photo: {reason}")
         else:
             self._send(200, json.dumps(about).encode(), ".json")
 

@@ -25,9 +25,11 @@ class RunSettings:
     def __post_init__(self) -> None:
         faults = below(self, seed=0)
         if not self.name.strip() or {".", ".."} & set(self.name.split("/")):
-            faults.append(f"name = {self.name!r} cannot name a folder below runs/: take a word")
+            faults.append(f"name = {self.name!r} cannot name a folder below runs/: use a plain word")
         if "://" in self.out:
-            faults.append(f"out = {self.out!r}: a run writes to a path, for it finishes files by renaming; mount it")
+            faults.append(
+                f"out = {self.out!r}: a run writes to a path, since it finishes files by renaming them; mount it"
+            )
         if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", self.device):
             faults.append(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, not {self.device!r}")
         refuse(faults)

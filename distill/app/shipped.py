@@ -45,7 +45,7 @@ def locate(name: str | Path, sort: Sort = "recipe") -> Path:
     other_sort: Sort = "study" if sort == "recipe" else "recipe"
     if file_sort == other_sort:
         verbs = "ablate" if other_sort == "study" else "show, label, train and score"
-        raise RecipeError(f"{file} is a {other_sort}: that is for distill {verbs}")
+        raise RecipeError(f"{file} is a {other_sort}: use it with distill {verbs}")
     return file
 
 
@@ -70,7 +70,7 @@ def _missing(asked: Path, plain: str, known: list[str], sort: Sort) -> str:
     near = did_you_mean(plain, [*known, *(str(folder / name) for name in local_names)])
     plural = "recipes" if sort == "recipe" else "studies"
     local_part = f"; {folder} has {', '.join(local_names[:12])}" if local_names else ""
-    return f"{asked}: no such {sort}{near}{local_part}; {plural} that ship: {', '.join(known)}"
+    return f"{asked}: no such {sort}{near}{local_part}; shipped {plural}: {', '.join(known)}"
 
 
 def _sort(path: Path) -> str:

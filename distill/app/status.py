@@ -19,10 +19,10 @@ def show(recipe: Recipe) -> int:
     try:
         stems = [shard.stem for shard in input_shards(recipe)]
     except OSError as error:  # such as on a laptop that can read the labels but not the images
-        note(f"{error}; the count of images is that of the tars which a worker has scanned")
+        note(f"{error}; only images in tars that a worker has scanned are counted")
         stems = []
     if not folder.is_dir() and not recipe.labels.meeting:
-        say(f"{folder}: not begun; distill label writes it")
+        say(f"{folder}: not started; distill label writes it")
         return 1
     folder.mkdir(parents=True, exist_ok=True)
     status = run_status(meeting_of(recipe, folder), folder, stems)
@@ -49,11 +49,11 @@ def show(recipe: Recipe) -> int:
         table("workers", ["worker", "state", "part", "since", "parts", "images/s", "spent", "taken away"], rows)
     if hidden := workers[len(shown) :]:
         hours = sum(worker.hours for worker in hidden)
-        note(f"  and {len(hidden)} workers more that ended or were killed: {hours:.2f} h together")
+        note(f"  and {len(hidden)} more workers that ended or were killed: {hours:.2f} h in total")
     for part, count in status.deadly:
-        note(f"  {part}: {count} workers were killed with it, and it is not made: see their logs")
+        note(f"  {part}: {count} workers were killed while labelling it, and it is still missing: see their logs")
     for holder in status.lost:
-        note(f"  lost: {holder.name}, with {holder.pid} on {holder.host}, silent for {_time(holder.age)}")
+        note(f"  lost: {holder.name}, held by process {holder.pid} on {holder.host}, silent for {_time(holder.age)}")
     return 0 if status.complete else 1
 
 
@@ -70,7 +70,7 @@ def sentence(now: RunStatus) -> str:
         words.append(f"{now.gpu_hours:.2f} GPU-hours")
     if now.complete:
         return "complete; " + ", ".join([words[0], *words[4:]])
-    words.append("nobody works" if now.eta_s is None else f"about {_time(now.eta_s)} left")
+    words.append("no worker is running" if now.eta_s is None else f"about {_time(now.eta_s)} left")
     return ", ".join(words)
 
 

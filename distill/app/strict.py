@@ -139,7 +139,7 @@ def _limit_fault(value: Any, depth: int = 0) -> str:
         return "must be a whole number below 2,147,483,648"
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     if depth > 16:
-        return "has tables in tables, 16 deep"
+        return "has tables nested more than 16 deep"
     return next((fault for item in inner if (fault := _limit_fault(item, depth + 1))), "")
 
 
@@ -203,7 +203,7 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         text = decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
         table = tomllib.loads(text)
     except RecursionError as error:
-        raise RecipeError(f"{path}: not a recipe: its tables or arrays lie in each other without end") from error
+        raise RecipeError(f"{path}: not a recipe: its tables or arrays are nested too deep") from error
     except ValueError as error:  # from tomllib, for a byte that is not UTF-8, or a number of more than 4300 digits
         raise RecipeError(f"{path}: not valid TOML: {error}{_toml_hint(text, error)}") from error
     except OSError as error:
@@ -224,9 +224,9 @@ def _toml_hint(text: str, error: ValueError) -> str:
     if odd := next((c for c in unquoted if not c.isascii()), ""):
         return f"; there is a {unicodedata.name(odd, repr(odd))}: type a plain character in its place"
     if re.search(r'"[^"]*\\[^"]*"', line):
-        return "; a backslash in double quotes is no path's: write C:/photos, or 'C:\\photos' in single quotes"
+        return "; a backslash in double quotes starts an escape: write C:/photos, or 'C:\\photos' in single quotes"
     if word := re.search(r"=\s*(True|False|None|null|yes|no|on|off)\b", unquoted):
-        return f"; {word[1]} is written true, false, or left out"
+        return f"; instead of {word[1]} write true or false, or leave the key out"
     if re.match(r"\s*[\w.-]+\s*:", unquoted):
         return "; keys and values are joined by =, as in steps = 100"
     if number := re.search(r"=\s*(-?\d+),(\d+)\s*$", unquoted):

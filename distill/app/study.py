@@ -59,7 +59,7 @@ class Column:
         if bool(self.log) == bool(self.benchmark):
             raise ValueError("a column shows a benchmark or a number of the log: give benchmark or log")
         if self.benchmark and self.relative_to:
-            raise ValueError("relative_to goes with log")
+            raise ValueError("relative_to needs log")
         if self.relative_to not in ("", "start"):
             raise ValueError(f'relative_to must be "start" or left out, not {self.relative_to!r}')
         if self.metric not in KNOWN:
@@ -164,7 +164,7 @@ class Ordering:
         if bounded != (self.bound > 0) or bounded == bool(self.second):
             raise ValueError(f"{self.kind} takes {'a bound above 0 and no' if bounded else 'no bound and a'} second")
         if self.kind == "gap_grows" and len(self.first) != len(self.second):
-            raise ValueError("gap_grows compares rows in step: first and second must be of one length")
+            raise ValueError("gap_grows compares rows pairwise: first and second must have the same length")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

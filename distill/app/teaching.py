@@ -134,5 +134,5 @@ def _bridged(recipe: Recipe, spec: TeacherSettings, teacher: Any, *, primary: st
             f'{problem}set labels.bridge = "primary", which fits it on every crop to the disparity of the first teacher'
         )
     if not primary:
-        raise RecipeError(f'{problem}name a teacher of disparity before it: labels.bridge = "primary" fits it to that')
+        raise RecipeError(f'{problem}put a disparity teacher before it: labels.bridge = "primary" fits it to that one')
     return Bridged(teacher, primary, recipe.labels.bridge_residual)

@@ -49,7 +49,7 @@ def look_at(recipe: Recipe) -> list[Finding]:
         try:
             missing = to_download(text, files=files)
         except WeightsMissingError as error:
-            findings.append(Finding("bad", f"{purpose}: {error}", "what depends on it was not looked at", purpose))
+            findings.append(Finding("bad", f"{purpose}: {error}", "what depends on it was not checked", purpose))
             continue
         if missing:
             names = ", ".join(sorted(missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
@@ -58,11 +58,11 @@ def look_at(recipe: Recipe) -> list[Finding]:
             remedy = (
                 f"the first command that needs it downloads it, or `hf download {'/'.join(text.split('/')[:2])}` now"
             )
-            findings.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at", purpose))
+            findings.append(Finding("warn", line, f"{remedy}; what depends on it was not checked", purpose))
         else:
             findings.append(Finding("ok", f"{purpose}: the files of {text} are here"))
     if recipe.student.weights == "pretrained":
         findings.append(
-            Finding("ok", f"student.weights: timm's weights of {recipe.student.encoder}, by timm's own download")
+            Finding("ok", f"student.weights: timm's weights of {recipe.student.encoder}, downloaded by timm itself")
         )
     return findings

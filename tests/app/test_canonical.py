@@ -69,7 +69,7 @@ def test_who_does_not_say_the_camera_is_told_so(tmp_path):
     ):
         canonical(sample, 300.0)
     table = {"run": {"name": "x"}, "student": {"canonical_focal": 300.0}}
-    with pytest.raises(RecipeError, match="canonical_focal is of a student that predicts metres"):
+    with pytest.raises(RecipeError, match="canonical_focal needs a student that predicts metres"):
         parse(table)
 
 

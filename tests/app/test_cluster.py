@@ -67,7 +67,7 @@ def test_workers_have_a_gpu_each_unless_the_recipe_says_cpu(tmp_path):
 
 def test_the_command_line_has_workers_and_their_status(tmp_path, capsys, monkeypatch):
     path = str(recipe(tmp_path, "one", 6))
-    assert main(["status", path]) == 1 and "not begun" in capsys.readouterr().out
+    assert main(["status", path]) == 1 and "not started" in capsys.readouterr().out
     assert main(["label", path]) == 0
     other = str(recipe(tmp_path, "two", 6))
     assert main(["label", other, "--worker"]) == 0
@@ -78,7 +78,9 @@ def test_the_command_line_has_workers_and_their_status(tmp_path, capsys, monkeyp
     assert main(["label", str(recipe(tmp_path, "three", 6))]) == 0, "any one of several processes can do it all"
     assert labels(tmp_path, "one") == labels(tmp_path, "two") == labels(tmp_path, "three")
     idle = RunStatus(False, 4, 1, 8, 2, False, (), (), (), None)
-    assert sentence(idle) == "1 of about 4 parts, 2 of about 8 images, 0 running, 0 lost, 0 images/s, nobody works"
+    assert (
+        sentence(idle) == "1 of about 4 parts, 2 of about 8 images, 0 running, 0 lost, 0 images/s, no worker is running"
+    )
 
 
 class FakeRay:
@@ -164,7 +166,7 @@ def test_what_fails_on_ray_is_raised_and_a_part_that_kills_is_named(tmp_path, on
     card = {"host": "a", "device": "cuda", "part": "x-000.tar", "ended": False, "parts": 0, "lost": 0, "seconds": 1.0}
     for pid in range(3):
         cluster.meeting_of(made, build.labels_folder(made)).write_note(f"worker-{pid}", {**card, "pid": pid})
-    with pytest.raises(ChildProcessError, match="x-000.tar: 3 workers were killed with it"):
+    with pytest.raises(ChildProcessError, match="x-000.tar: 3 workers were killed while labelling it"):
         on_ray("deadly", lambda number: FakeRay.exceptions.RayActorError())
 
 

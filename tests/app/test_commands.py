@@ -144,11 +144,11 @@ def test_a_report_refuses_unknown_metrics_and_says_where_the_recipe_differs(stra
     assert "none of these scores has abs_rell; there are " in capsys.readouterr().err
     path = str(straight.with_suffix(".toml"))
     assert main(["report", path, "--format", "md", "--set", "train.steps=99999"]) == 0
-    assert "other values of train.steps: the report is of the run as it is" in capsys.readouterr().err
+    assert "other values of train.steps: the report shows the run as it is" in capsys.readouterr().err
     assert main(["report", path, "--format", "md"]) == 0
     assert "other values" not in capsys.readouterr().err
     assert main(["train", path]) == 0
-    assert "trained before, nothing to do" in capsys.readouterr().out
+    assert "already trained, nothing to do" in capsys.readouterr().out
 
 
 def test_scores_and_report_are_written(straight):
@@ -227,11 +227,11 @@ MISTAKES = {
         "unknown key teachers[0].options.offst; did you mean offset?",
     ),
     "report of nothing": (["report", "nowhere"], "nowhere"),
-    "report of another folder": (["report", str(Path(__file__).parent)], "nothing of a run lies there"),
+    "report of another folder": (["report", str(Path(__file__).parent)], "not the folder of a run"),
     "verify nothing": (["verify", "nowhere"], "nowhere"),
     "file of a recipe's scores": (
         ["score", "{recipe}", "--out", "s.json"],
-        "a recipe's scores lie in its run's folder",
+        "a recipe's scores go to its run's folder",
     ),
     "score of nothing": (["score"], "score takes a recipe, or --predictions"),
 }

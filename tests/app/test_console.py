@@ -149,29 +149,29 @@ def test_a_name_that_is_no_run_gets_the_runs_that_are_there(tmp_path, monkeypatc
     Path("runs/own").mkdir(parents=True)
     Path("runs/own/recipe.toml").touch()
     assert main(["report", "won"]) == 2
-    assert capsys.readouterr().err == "error: won: no such run, nor a recipe of that name; here are runs/own\n"
+    assert capsys.readouterr().err == "error: won: no run or recipe of that name; runs here: runs/own\n"
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("score demo --protocol clean --list x.txt", "--list, --protocol: of --predictions"),
-        ("score demo --out x.json", "--out: of --predictions; a recipe's scores lie in"),
+        ("score demo --protocol clean --list x.txt", "--list, --protocol: only for --predictions"),
+        ("score demo --out x.json", "--out: a recipe's scores go to its run's folder; give --predictions"),
         ("export pocket shipped --calibrate labels/HASH", "--calibrate says how the weights are rounded to four bits"),
-        ("score demo --alignment median", "--alignment: of --predictions"),
+        ("score demo --alignment median", "--alignment: only for --predictions"),
         (
             "score --predictions maps --kind affine_disparity --benchmark nyu --set train.steps=1",
-            "--set: changes a recipe",
+            "--set: no effect without a recipe",
         ),
-        ("doctor demo --root data/nyu", "--root: of a benchmark"),
-        ("doctor runs/demo --set train.steps=1", "--set: changes a recipe"),
-        ("doctor --benchmark nyu --set train.steps=1", "--set: changes a recipe"),
-        ("verify labels/HASH --recipe own.toml", "--recipe: of a repair"),
-        ("verify labels/HASH --trust-recipe", "--trust-recipe: of a repair"),
-        ("report runs/demo --metrics rmse", "--metrics: of a table"),
-        ("show --explain crops --set train.steps=1", "--set: changes a recipe"),
-        ("compare demo --local --size 512", "--size: times whole images"),
-        ("label demo --worker --ray", "--worker: one of several workers"),
+        ("doctor demo --root data/nyu", "--root: no effect without a benchmark"),
+        ("doctor runs/demo --set train.steps=1", "--set: no effect without a recipe"),
+        ("doctor --benchmark nyu --set train.steps=1", "--set: no effect without a recipe"),
+        ("verify labels/HASH --recipe own.toml", "--recipe: no effect without a repair"),
+        ("verify labels/HASH --trust-recipe", "--trust-recipe: no effect without a repair"),
+        ("report runs/demo --metrics rmse", "--metrics: no effect on HTML"),
+        ("show --explain crops --set train.steps=1", "--set: no effect without a recipe"),
+        ("compare demo --local --size 512", "--size: times models on whole images"),
+        ("label demo --worker --ray", "--worker: no effect with --ray"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(capsys, words, said):

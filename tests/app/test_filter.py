@@ -108,7 +108,7 @@ def test_a_name_that_is_no_data_sets_says_so(tmp_path):
     """Not that its index is missing: `distill index` could not write that."""
     table = tmp_path / "INDEX.tsv"
     table.write_text("name\trgb\tdepth\n")
-    with pytest.raises(ValueError, match="pairs need no name, their table is enough"):
+    with pytest.raises(ValueError, match="for pairs give only their table"):
         open_sources([f"mine={table}"])
     with pytest.raises(LookupError, match="mine is none of the datasets"):
         open_sources([f"mine={tmp_path}"])

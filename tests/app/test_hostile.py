@@ -43,7 +43,7 @@ MISTYPED: set[tuple[typing.Any, int]] = set()
 
 
 def refused_by_type(hint, place: int, error: Exception) -> None:
-    told = (f"must be {strict._expected(hint)}, not ", "must be a whole number below", "has tables in tables")
+    told = (f"must be {strict._expected(hint)}, not ", "must be a whole number below", "has tables nested")
     if isinstance(error, strict.RecipeError) and any(words in str(error) for words in told):
         MISTYPED.add((hint, place))
 

@@ -35,7 +35,7 @@ def path(tmp_path, capsys):
         grey(tmp_path / "one" / "pics" / f"{i}.png", 9 * i, size=(40, 36 + i))
     path = tmp_path / "r.toml"
     path.write_text(RECIPE.format(folder=tmp_path))
-    assert main(["label", str(path)]) == 0 and "had another path" not in capsys.readouterr().err
+    assert main(["label", str(path)]) == 0 and "path was different" not in capsys.readouterr().err
     (tmp_path / "one").rename(tmp_path / "two")
     return path
 
@@ -44,9 +44,9 @@ def test_labels_of_images_that_moved_are_told_of_and_used(path, tmp_path, capsys
     old = build.labels_folder(recipe.load(path))
     there = f"images.0.photos={tmp_path}/two/pics"
     assert main(["label", str(path), "--set", there]) == 0
-    assert f"give --set labels.root={old}" in capsys.readouterr().err.replace("\n", " ")
+    assert f"add --set labels.root={old}" in capsys.readouterr().err.replace("\n", " ")
     assert main(["label", str(path), "--set", there]) == 0, "begun before: nothing is told again"
-    assert "had another path" not in capsys.readouterr().err
+    assert "path was different" not in capsys.readouterr().err
     use = [there, f"labels.root={old}"]
     before = {file.name: file.stat().st_mtime_ns for file in old.iterdir()}
     assert main(["label", str(path), *(word for one in use for word in ("--set", one))]) == 0
@@ -79,7 +79,7 @@ def test_a_folder_of_another_name_is_told_to_be_renamed_and_never_labelled_among
     there = ["label", str(path), "--set", f"images.0.photos={tmp_path}/photos"]
     assert main(there) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert f"stop this, rename photos back to pics and give --set labels.root={old}" in said
+    assert f"stop this command, rename photos back to pics, and add --set labels.root={old}" in said
     before = {file.name: file.stat().st_mtime_ns for file in old.iterdir()}
     assert main([*there, "--set", f"labels.root={old}"]) == 2
     assert "has finished labels of other images (pics_000000-000.tar" in " ".join(capsys.readouterr().err.split())

@@ -143,13 +143,13 @@ def test_recipes_that_contradict_themselves_are_refused(made):
     refused("decoder: no part of network", student={"decoder": "dpt"})
     refused("give weights", student={"weights": ""})
     refused("a one-step UNet predicts affine_depth or affine_disparity", train={"kind": "metric_depth"})
-    refused(r'head = "dpt" is GenPercept', student={"head": "dpt"})
+    refused(r'head = "dpt" belongs to GenPercept', student={"head": "dpt"})
     refused(
-        r"\[latent\] is of student.network",
+        r"\[latent\] needs student.network",
         student={"network": "encoder_decoder", "weights": ""},
         latent={"blend": 1.0},
     )
-    refused("a UNet is trained whole", train={"freeze_encoder": True})
+    refused("a UNet is trained as a whole", train={"freeze_encoder": True})
 
 
 def test_a_base_that_is_known_brings_its_licence(made):
@@ -179,7 +179,7 @@ def test_doctor_says_memory_and_hours_and_what_the_base_predicts(made, small_siz
     config.write_text('{"prediction_type": "epsilon"}')
     recipe = parse(table(made, "doctor", student={"weights": str(base)}))
     found = [one.what for one in preflight.check_recipe(recipe)]
-    assert any("the network predicts epsilon, and is taught velocity" in line for line in found), found
+    assert any("the network predicts epsilon, but it is trained to predict velocity" in line for line in found), found
     student = latent.make(recipe, 0)
     assert not latent.another_prediction(parse(table(made, "x", latent={"trajectory": 0.0})), student)
     config.write_text('{"prediction_type": "v_prediction"}')

@@ -242,7 +242,7 @@ def test_what_is_no_plugin(project, capsys):
     assert "empty.py has none of Teacher (teachers), Decoder (decoders)" in capsys.readouterr().err
     assert contracts.main(["nothing"]) == 2
     assert contracts.main(["marigold"]) == 0
-    assert "needs weights: --weights PATH" in capsys.readouterr().err
+    assert "needs weights: give --weights PATH" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_only_read_lets_no_file_run(project):

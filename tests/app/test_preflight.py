@@ -133,7 +133,7 @@ def test_no_images_say_why_and_a_missing_device_hides_nothing(check, tmp_path):
 
 def test_sizes_disk_and_licence(check, monkeypatch):
     said = check("crops.size=30", 'labels.licence="unknown"')
-    assert "crops.size = 30 is no multiple of the student's patch of 16" in said["warn"]
+    assert "crops.size = 30 is not a multiple of the student's patch, 16" in said["warn"]
     assert "labels.licence is unknown" in said["warn"]
     monkeypatch.setattr(machine, "free_disk", lambda folder: (1, folder))
     assert "free some, or put labels.root or run.out on another disk" in check()["bad"]
@@ -168,7 +168,7 @@ def test_sources_that_are_not_learnt_from_do_not_count_in_epochs(check, tmp_path
 def test_training_looks_at_the_disk_before_it_begins(monkeypatch):
     recipe, student = parse({"run": {"name": "x"}}), torch.nn.Linear(100, 100)
     monkeypatch.setattr(machine, "free_disk", lambda folder: (1000, folder))
-    with pytest.raises(OSError, match=r"has 0.00 GB free, a checkpoint takes .* set run.out to another disk"):
+    with pytest.raises(OSError, match=r"has 0.00 GB free, but a checkpoint takes .* set run.out to another disk"):
         commands.check_disk(recipe, student)
     monkeypatch.setattr(machine, "free_disk", lambda folder: (1 << 30, folder))
     commands.check_disk(recipe, student)
@@ -179,7 +179,11 @@ def test_more_cards_help_until_the_cores_run_short():
         (1, 40.0, False), (2, 80.0, False), (4, 160.0, False), (8, 16 / 0.065, True)
     ]  # fmt: skip
     line = scaling.finding("labelling", 0.025, 0.065, 16, "zst")
-    assert line.level == "ok" and "8: 246.2" in line.what and "from 8 on the cores run short" in line.what
+    assert (
+        line.level == "ok"
+        and "8: 246.2" in line.what
+        and "with 8 GPUs or more the cores are the bottleneck" in line.what
+    )
     starved = scaling.finding("labelling", 0.001, 0.065, 16, "zst")
     assert starved.level == "warn" and starved.remedy == "65 cores keep 1 busy"
     assert 'labels.codec = "zst" needs fewer' in scaling.finding("labelling", 0.001, 0.065, 16, "jls").remedy
@@ -229,4 +233,4 @@ def test_a_recipe_that_only_scores_is_asked_for_teachers_and_data_and_for_no_ima
     assert main(["doctor", str(path)]) == 1
     told = " ".join(capsys.readouterr().out.split())
     assert "scenes: 64 of the 64 images" in told and "mine: nowhere: no such file or folder" in told
-    assert "[[images]]" not in told and "student" not in told.replace("students of it", "")
+    assert "[[images]]" not in told and "student" not in told.replace("its students", "")

@@ -78,7 +78,7 @@ def test_labels_without_their_photographs(labels, tmp_path):
     assert str(recipe.parent) not in "".join(p.read_text() for p in out.glob("*.*") if p.suffix in (".md", ".json"))
     assert check(out) == []
     tars[0].write_bytes(tars[0].read_bytes()[:-1])
-    assert check(out) == [f"{tars[0].name} is not what its checksum says"]
+    assert check(out) == [f"{tars[0].name} does not match its checksum"]
 
 
 def test_labels_with_their_photographs_are_a_labels_folder(labels, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_labels_with_their_photographs_are_a_labels_folder(labels, tmp_path, cap
     assert main(["publish", "labels", str(folder), str(out), "--images", "include"]) == 0
     assert verify(out) == [] and len(LabelDataset(out)) == 7 and check(out) == []
     assert main(["publish", "labels", str(folder), str(tmp_path)]) == 2
-    assert "was not published by this command" in capsys.readouterr().err and out.is_dir()
+    assert "was not written by this command" in capsys.readouterr().err and out.is_dir()
     assert main(["--json", "publish", "labels", str(folder), str(out), "--images", "include"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == "included"
 

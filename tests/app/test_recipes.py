@@ -108,8 +108,11 @@ BAD = {
         '[run]\nname = "x"\ndevice = "gpu"',
         "run: device must be auto, cpu, cuda, cuda:N, mps or xpu, not 'gpu'",
     ),
-    "no name": ('[run]\nname = ""', "run: name = '' cannot name a folder below runs/: take a word"),
-    "climbing name": ('[run]\nname = "../../x"', "run: name = '../../x' cannot name a folder below runs/: take a word"),
+    "no name": ('[run]\nname = ""', "run: name = '' cannot name a folder below runs/: use a plain word"),
+    "climbing name": (
+        '[run]\nname = "../../x"',
+        "run: name = '../../x' cannot name a folder below runs/: use a plain word",
+    ),
     "patch_size": ("[crops]\npatch_size = -5", "crops: patch_size must be at least 0, not -5"),
     "labels.batch_size": ("[labels]\nbatch_size = 0", "labels: batch_size must be at least 1, not 0"),
     "labels.threads": ("[labels]\nthreads = -2", "labels: threads must be at least 0, not -2"),
@@ -127,11 +130,11 @@ BAD = {
     "loss.anchor": ("[loss]\nanchor = nan", "loss: anchor must be finite and at least 0, not nan"),
     "crops redrawn of labels on disk": (
         "[crops]\nredraw = true",
-        "crops.redraw needs labels.online = true: labels on disk have their crops",
+        "crops.redraw needs labels.online = true: labels on disk have fixed crops",
     ),
     "squares out of regions that are none": (
         '[crops]\nwidth = 640\npatches = "none"\n[train]\nrandom_resized_crop = 0.5',
-        "train.random_resized_crop cuts squares, and crops.width regions that are none: leave one out",
+        "train.random_resized_crop cuts squares, but crops.width makes regions that are not square: leave one out",
     ),
     "a number beyond all": ("[train]\nsteps = 3000000000", "train.steps must be a whole number below 2,147,483,648"),
     "two beginnings": (
@@ -249,7 +252,9 @@ def test_a_device_that_is_not_here_is_a_line_when_it_is_used(tmp_path, monkeypat
     for name, count in {"cuda": 0, "cuda:1": 1, "mps": 0}.items():
         loaded = recipes.load(write(tmp_path, GOOD), [f"run.device={name}"])
         monkeypatch.setattr(torch.get_device_module(name), "device_count", lambda count=count: count)
-        with pytest.raises(strict.RecipeError, match=f'run.device = "{name}": torch finds {count} of .*; take "auto"'):
+        with pytest.raises(
+            strict.RecipeError, match=f'run.device = "{name}": torch finds {count} .* devices here; use "auto"'
+        ):
             build.device(loaded)
 
 
@@ -264,12 +269,10 @@ def test_each_process_of_a_machine_takes_a_card_of_its_own(tmp_path, monkeypatch
 
 def test_a_teacher_named_twice_needs_an_alias(tmp_path):
     twice = '[[teachers]]\nname = "midas"\n[[teachers]]\nname = "midas"\n'
-    assert faults(tmp_path, f'[run]\nname = "x"\n{twice}') == [
-        "teachers named twice: midas; give each an alias of its own"
-    ]
+    assert faults(tmp_path, f'[run]\nname = "x"\n{twice}') == ["teachers named twice: midas; give each its own alias"]
     twice = '[[benchmarks]]\nname = "scenes"\n[[benchmarks]]\nname = "scenes"\n'
     assert faults(tmp_path, f'[run]\nname = "x"\n{twice}') == [
-        "benchmarks named twice: scenes; give each an alias of its own"
+        "benchmarks named twice: scenes; give each its own alias"
     ]
 
 
@@ -397,8 +400,8 @@ def test_outputs_go_to_paths(override):
         ("name = \u201cx\u201d", "there is a LEFT DOUBLE QUOTATION MARK: type a plain character"),
         ("name\u00a0= 'x'", "there is a NO-BREAK SPACE: type a plain character"),
         ("lr = \u22121.5", "there is a MINUS SIGN: type a plain character"),
-        ('out = "C:\\Users\\x"', "a backslash in double quotes is no path's"),
-        ("resume = True", "True is written true, false, or left out"),
+        ('out = "C:\\Users\\x"', "a backslash in double quotes starts an escape"),
+        ("resume = True", "instead of True write true or false, or leave the key out"),
         ("lr = 1,5", "a decimal point is needed: 1.5"),
         ("name: x", "joined by ="),
     ],

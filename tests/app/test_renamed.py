@@ -107,7 +107,7 @@ def test_a_command_judges_the_tables_that_it_uses(tmp_path, capsys):
         assert "train.lr must be a number, not 'fast'" in capsys.readouterr().err
     assert main(["label", str(path)]) == 0
     told = capsys.readouterr().err
-    assert "[train] has faults, which do not matter here" in told and "[benchmarks] has faults" in told
+    assert "[train] has faults, which this command ignores" in told and "[benchmarks] has faults" in told
     kept = (tmp_path / "run" / "recipe.toml").read_text()
     assert 'lr = "fast"' in kept and 'name = "nyuu"' in kept  # as it was given, not as the defaults
     assert json.loads((build.labels_folder(recipe.load(path, command="label")) / MANIFEST).read_text())["recipe"][

@@ -132,7 +132,7 @@ def test_somebody_elses_tar_is_set_aside_and_kept(labels, capsys):
     assert main(["verify", str(folder), "--repair"]) == 0
     said = capsys.readouterr()
     assert "made again" not in said.out
-    assert "holiday.tar is no part of these labels: set aside as holiday.tar.bad" in said.err
+    assert "holiday.tar is not part of these labels: set aside as holiday.tar.bad" in said.err
     assert contents(folder) == before | {"holiday.tar.bad": b"mine"}
 
 

@@ -91,7 +91,7 @@ def test_what_cannot_be_is_one_line(address, monkeypatch):
         assert words in fault(f"{address}/{key}/{path}")[1]
     for _ in range(serve.KEPT):
         ask(f"{address}/predict", photo())
-    assert fault(f"{address}/{key}/depth.png") == (404, "this result is gone: give the photo again")
+    assert fault(f"{address}/{key}/depth.png") == (404, "this result is no longer kept: send the photo again")
     monkeypatch.setattr(serve, "MOST_BYTES", 10)
     assert fault(f"{address}/predict", photo())[0] == 413
 

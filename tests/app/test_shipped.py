@@ -27,9 +27,9 @@ def test_shipped_recipes_open_by_name_from_anywhere(tmp_path, monkeypatch):
     ("name", "sort", "words"),
     [
         ("students/table3_dal_da", "recipe", "did you mean students/table3_dal_das[?]"),
-        ("dmeo", "recipe", "dmeo: no such recipe; did you mean demo[?]; recipes that ship: .*pocket/pocket"),
-        ("ablations/table1", "recipe", "table1.toml is a study: that is for distill ablate"),
-        ("demo", "study", "demo.toml is a recipe: that is for distill show"),
+        ("dmeo", "recipe", "dmeo: no such recipe; did you mean demo[?]; shipped recipes: .*pocket/pocket"),
+        ("ablations/table1", "recipe", "table1.toml is a study: use it with distill ablate"),
+        ("demo", "study", "demo.toml is a recipe: use it with distill show"),
         ("../../assets/x", "recipe", "no such recipe"),
         ("pocket/pocket_card", "recipe", "no such recipe"),
     ],

@@ -107,7 +107,7 @@ def test_weights_do_not_move_labels_and_old_folders_are_told_of(tmp_path):
     for tar in manifest["shards"]:
         del tar["image_source"]
     write_manifest(folder, manifest)
-    with pytest.raises(RecipeError, match=r"does not say which \[\[images\]\] its labels belong to.*distill label"):
+    with pytest.raises(RecipeError, match=r"does not say which \[\[images\]\] table each label is from.*distill label"):
         build.labelled(recipe)
     run_label(recipe)
     assert LabelDataset(folder).sources == [0] * 8 + [1] * 4 + [2] * 4
@@ -186,6 +186,10 @@ def test_truth_beyond_the_reach_of_a_student_is_left_out(tmp_path):
         ({"loss": {"silog": 1.0}}, "loss.silog compares metres"),
         ({"loss": {"truth": {"log_l1": 1.0}}}, "loss.log_l1 compares metres"),
         ({"images": [{"scenes": 1, "teachers": ["dav"]}]}, r"images\[0\].teachers: no teacher dav; did you mean dav2"),
+        (
+            {"teachers": [], "images": [{"scenes": 1, "teachers": ["dav2"]}]},
+            r"images\[0\].teachers: no teacher dav2; the recipe has no \[\[teachers\]\]$",
+        ),
         ({"crops": {"redraw": True}}, "crops.redraw needs labels.online = true"),
         ({"images": [{"scenes": 1, "weight": -1.0}]}, "weight must be finite and at least 0, not -1.0"),
     ],

@@ -103,5 +103,5 @@ def test_one_model_under_all_of_them_on_the_command_line(tmp_path, capsys):
     ]
     assert main(["score", "--predictions", str(tmp_path / "maps"), *asked]) == 0
     said = capsys.readouterr()
-    assert "moge_disparity" in said.out and "ultralytics: not here: ultralytics is not defined" in said.err
+    assert "moge_disparity" in said.out and "ultralytics: not available: ultralytics is not defined" in said.err
     assert (tmp_path / "s-clean.json").is_file() and (tmp_path / "s-zipdepth.json").is_file()

@@ -207,9 +207,9 @@ def test_a_teacher_takes_its_options_and_the_folder_remembers_them(tmp_path, cap
         ([*taught, "--set", "max_dept=80"], "unknown key options.max_dept; did you mean max_depth?"),
         ([*taught, "--set", "max_depth=far"], "options.max_depth must be a number, not 'far'"),
         ([*taught, "--set", "max_depth=-1"], "max_depth must be above 0 metres"),
-        ([*taught, "--set", "device=cpu"], "--set device: no option of a teacher; give --device"),
-        ([*place, "--set", "max_depth=80"], "--set: an option of a teacher: give --teacher NAME"),
-        (["serve", "--set", "max_depth=80"], "--set: an option of a teacher: give --teacher NAME"),
+        ([*taught, "--set", "device=cpu"], "--set device: not an option of a teacher; give --device"),
+        ([*place, "--set", "max_depth=80"], "--set: no effect without a teacher; give --teacher NAME"),
+        (["serve", "--set", "max_depth=80"], "--set: no effect without a teacher; give --teacher NAME"),
     ):
         assert cli.main(words) == 2
         assert told in " ".join(capsys.readouterr().err.split())

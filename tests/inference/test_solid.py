@@ -112,7 +112,7 @@ def test_a_page_of_a_photo_whose_name_is_not_utf8(tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--fov", "60"], "--fov: of three dimensions"),
+        (["--fov", "60"], "--fov: only for 3D files"),
         (["--write", "ply", "--fov", "190"], "between 0 and 180"),
         (["--write", "ply", "--fov", "5e-324"], "between 0 and 180"),
         (["--write", "ply", "--fov", "nan"], "between 0 and 180"),

@@ -223,7 +223,7 @@ def test_without_a_bridge_the_refusal_names_it(monkeypatch):
     loaded = teaching.load_teachers(given(bridge="primary", bridge_residual=0.2), on=torch.device("cpu"))
     assert loaded[1] == ("marigold", Bridged(found["marigold"], "analytic", 0.2))
     first = replace(given(bridge="primary"), teachers=given().teachers[::-1])
-    with pytest.raises(RecipeError, match="name a teacher of disparity before it"):
+    with pytest.raises(RecipeError, match="put a disparity teacher before it"):
         teaching.load_teachers(first, on=torch.device("cpu"))
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-RECIPE = "a recipe: a TOML file, or a name of `distill list recipes`"
+RECIPE = "a recipe: a TOML file, or a name from `distill list recipes`"
 
 
 def take_recipe(parser: argparse.ArgumentParser, *, optional: bool = False, what: str = RECIPE) -> None:
@@ -22,8 +22,10 @@ def take_overrides(parser: argparse.ArgumentParser, *, what: str = "override one
 
 def take_teacher(parser: argparse.ArgumentParser) -> None:
     """Adds --teacher, --weights and --set, which `teacher_options` reads."""
-    parser.add_argument("--teacher", metavar="NAME", help="a teacher instead (distill list teachers)")
-    parser.add_argument("--weights", metavar="W", help="the teacher's: a hub id or a file (default: its first card's)")
+    parser.add_argument("--teacher", metavar="NAME", help="use this teacher instead (`distill list teachers`)")
+    parser.add_argument(
+        "--weights", metavar="W", help="the teacher's weights: a hub id or a file (default: its first card's)"
+    )
     take_overrides(parser, what="one of the teacher's options, as in a recipe's `options`: max_depth=20")
 
 
@@ -34,8 +36,8 @@ def teacher_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     if not args.teacher:
         if args.weights:
-            raise ValueError("--weights are a teacher's: give --teacher NAME too, or --student FOLDER for a student")
-        refuse({"--set": args.set}, "an option of a teacher: give --teacher NAME")
+            raise ValueError("--weights needs a teacher: give --teacher NAME too, or --student FOLDER for a student")
+        refuse({"--set": args.set}, "no effect without a teacher; give --teacher NAME")
         return {}
     from distill.app.strict import set_key
 
@@ -44,14 +46,14 @@ def teacher_options(args: argparse.Namespace) -> dict[str, Any]:
         set_key(options, assignment)
     for key, way_out in {"weights": "give --weights", "device": "give --device", "dtype": "it is float32 here"}.items():
         if key in options:
-            raise ValueError(f"--set {key}: no option of a teacher; {way_out}")
+            raise ValueError(f"--set {key}: not an option of a teacher; {way_out}")
     return options
 
 
 def refuse(options: Mapping[str, Any], why: str) -> None:
     """Raises ValueError for options that are set (not None, False or empty) although they would change nothing.
 
-    options: by name, "--root". why: what they are for, "of a gate: give --gate too".
+    options: by name, "--root". why: the reason and the remedy, "no effect without a gate; give --gate".
     """
     if names := [name for name, value in options.items() if value not in (None, False, [], "")]:
         raise ValueError(f"{', '.join(names)}: {why}, or leave it out")

@@ -14,15 +14,19 @@ from distill.app.verbs._recipe import take_overrides
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "study", metavar="STUDY", nargs="+", help="a study: a TOML file, or a name of `distill list studies`"
+        "study", metavar="STUDY", nargs="+", help="a study: a TOML file, or a name from `distill list studies`"
     )
-    parser.add_argument("--version", choices=["bench", "full"], default="bench", help="its scale (default: bench)")
+    parser.add_argument(
+        "--version", choices=["bench", "full"], default="bench", help="the study's scale (default: bench)"
+    )
     parser.add_argument(
         "--out", metavar="DIR", default="runs/ablations", help="shared by studies: equal cells run once"
     )
-    parser.add_argument("--processes", type=int, default=1, help="cells at once")
+    parser.add_argument("--processes", type=int, default=1, help="number of cells to run at once")
     take_overrides(parser, what="override a key of every cell")
-    parser.add_argument("--collect", action="store_true", help="the tables of the cells that are done; runs nothing")
+    parser.add_argument(
+        "--collect", action="store_true", help="only write the tables of the finished cells; run nothing"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 

@@ -15,7 +15,7 @@ from distill.app.verbs._recipe import refuse, take_recipe
 def arguments(parser: argparse.ArgumentParser) -> None:
     take_recipe(parser)
     parser.add_argument(
-        "--local", action="store_true", help="would patches help? each model aligned to a part and to the whole instead"
+        "--local", action="store_true", help="instead align each model to a part and to the whole: would patches help?"
     )
     parser.add_argument("--size", type=int, metavar="N", help="also time every model on one image of N x N pixels")
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*args.set, *([f"compare.time_at={args.size}"] if args.size is not None else [])]
     recipe = load(args.recipe, overrides, command="compare")
     if args.local:
-        refuse({"--size": args.size}, "times whole images: give it without --local")
+        refuse({"--size": args.size}, "times models on whole images; give it without --local")
         from distill.app.local_gain import run_local
 
         run_local(recipe)

@@ -1,4 +1,4 @@
-"""the whole loop on the recipe that ships: label, train, score, report"""
+"""the whole loop on the shipped demo recipe: label, train, score, report"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distill.app.verbs._recipe import take_recipe
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    take_recipe(parser, optional=True, what="another recipe than recipes/demo.toml")
+    take_recipe(parser, optional=True, what="a recipe other than recipes/demo.toml")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""look before or after a run: a recipe, a training run or its log, a benchmark's data
+"""check a recipe before a run, a training run or its log after it, or a benchmark's data
 
 distill doctor demo                              before a run: weights, disk, speed, time, licences, kinds
 distill doctor runs/demo                         after one: drift, collapse, dead contexts, learning rate, data wait
@@ -17,9 +17,9 @@ from distill.app.verbs._recipe import refuse, take_overrides
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RECIPE|RUN|LOG", nargs="?", help="a recipe, a run's folder or its log")
     take_overrides(parser)
-    parser.add_argument("--benchmark", metavar="NAME", help="a name of `distill list benchmarks`")
+    parser.add_argument("--benchmark", metavar="NAME", help="a name from `distill list benchmarks`")
     parser.add_argument("--root", metavar="DIR", help="its data: a folder or the published tar")
-    parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")
+    parser.add_argument("--list", metavar="FILE", help="a list of other samples, with the published list's columns")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.target) == bool(args.benchmark):
         raise ValueError("doctor takes a recipe, a run's folder or its log; or --benchmark NAME with --root DIR")
     if not args.benchmark:
-        refuse({"--root": args.root, "--list": args.list}, "of a benchmark: give --benchmark NAME")
+        refuse({"--root": args.root, "--list": args.list}, "no effect without a benchmark; give --benchmark NAME")
     if args.benchmark or not _is_recipe(args.target):
-        refuse({"--set": args.set}, "changes a recipe: give one")
+        refuse({"--set": args.set}, "no effect without a recipe; give one")
     if args.benchmark:
         from distill.eval.completeness import check_benchmark
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
         if not Path(args.target).exists():
             near = did_you_mean(args.target, list(shipped()))
-            raise FileNotFoundError(f"{args.target}: no such recipe, run or log{near}; distill list recipes names some")
+            raise FileNotFoundError(f"{args.target}: no such recipe, run or log{near}; see `distill list recipes`")
         title, findings = args.target, check_run(Path(args.target))
     head = ["level", "what", "remedy"] if any(f.remedy for f in findings) else ["level", "what"]
     table(f"doctor: {title}", head, [[f.level, f.what, f.remedy][: len(head)] for f in findings], text=True)

@@ -4,7 +4,8 @@ distill filter hypersim=data/hypersim virtual_kitti2=data/vkitti2 --out runs/fil
 distill filter data/rgbd/INDEX.tsv runs/demo/labels/HASH --out runs/filter --cut 'disagreement>0.3'
 distill filter hypersim=data/hypersim --out runs/filter --worst s_dist=0.3     other thresholds, without another pass
 
-By default AnyDepth's rule: fewer than 20 % valid pixels; then of each source the lowest 20 % of s_dist and of s_grad.
+The default is AnyDepth's rule: drop samples with fewer than 20 % valid pixels, then the lowest 20 % of s_dist and of
+s_grad of each source.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="NAME=ROOT of an indexed data set, pairs, a labels folder, a recipe",
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, required=True, help="scores, lists, filter.html; resumes there"
+        "--out", metavar="DIR", type=Path, required=True, help="where to write scores, lists, filter.html; resumes"
     )
-    parser.add_argument("--valid", metavar="SHARE", type=float, default=0.2, help="least share of valid pixels (0.2)")
+    parser.add_argument("--valid", metavar="SHARE", type=float, default=0.2, help="minimum share of valid pixels (0.2)")
     parser.add_argument(
         "--worst",
         metavar="SCORE=SHARE",
@@ -31,10 +32,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="drop the worst of a score (s_dist, s_grad: 0.2)",
     )
-    parser.add_argument("--cut", metavar="SCORE>BOUND", action="append", default=[], help="drop beyond a fixed bound")
-    parser.add_argument("--far", metavar="METRES", type=float, default=0.0, help="truth beyond is invalid; 0: no bound")
-    parser.add_argument("--teacher", metavar="NAME", default="", help="whose labels of a labels folder are scored")
-    parser.add_argument("--limit", metavar="N", type=int, default=0, help="the first so many samples of each source")
+    parser.add_argument("--cut", metavar="SCORE>BOUND", action="append", default=[], help="drop samples beyond a bound")
+    parser.add_argument(
+        "--far", metavar="METRES", type=float, default=0.0, help="truth beyond it is invalid; 0: no bound"
+    )
+    parser.add_argument("--teacher", metavar="NAME", default="", help="of a labels folder: score this teacher's labels")
+    parser.add_argument("--limit", metavar="N", type=int, default=0, help="only the first N samples of each source")
     parser.add_argument("--workers", metavar="N", type=int, default=2, help="processes that read and score (2)")
     parser.add_argument("--depth-only", action="store_true", help="leave out edges, sky and sharpness")
     parser.add_argument("--no-page", action="store_true", help="write no filter.html")
@@ -78,11 +81,11 @@ def run(args: argparse.Namespace) -> int:
         if verdict.errors and len(verdict.errors) == len(verdict.reasons):
             raise ValueError(f"{verdict.source.what}: none of its {len(verdict.errors)} samples can be read (above)")
         if not verdict.kept:
-            raise ValueError(f"{verdict.source.what}: nothing is left; lower --valid, --worst or --cut")
+            raise ValueError(f"{verdict.source.what}: nothing is left; relax --valid, --worst or --cut")
     if not args.no_page:
         say(f"page: {write_page(verdicts, args.out, rules).resolve()}")
     for verdict in verdicts:
         path = f'"{args.out / verdict.source.name}.txt"'
-        entry = f"{verdict.source.key} = {path}" if verdict.source.key else f"{path} (no key takes names of these)"
+        entry = f"{verdict.source.key} = {path}" if verdict.source.key else f"{path} (no recipe key takes these names)"
         say(f"{entry}   {len(verdict.kept)} names")
     return 0

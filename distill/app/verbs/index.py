@@ -1,4 +1,4 @@
-"""write down what a published data set holds, once; resumes
+"""list the images of a published data set in a file, once; resumes
 
 distill index hypersim data/hypersim     to data/hypersim/INDEX.hypersim.tsv, which recipes and `distill filter` read
 distill list datasets                    names, depth types, licences, layouts
@@ -11,9 +11,9 @@ from pathlib import Path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dataset", metavar="NAME", help="one of `distill list datasets`, or a Python file of yours")
-    parser.add_argument("root", metavar="ROOT", type=Path, help="the folder that it lies in, as its authors pack it")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="another place than ROOT/INDEX.NAME.tsv")
+    parser.add_argument("dataset", metavar="NAME", help="a name from `distill list datasets`, or your own Python file")
+    parser.add_argument("root", metavar="ROOT", type=Path, help="the data set's folder, laid out as published")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="where to write it (default: ROOT/INDEX.NAME.tsv)")
 
 
 def run(args: argparse.Namespace) -> int:

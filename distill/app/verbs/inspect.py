@@ -8,7 +8,7 @@ from pathlib import Path
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="LABELS", help="a labels folder")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="another page than LABELS/contact.html")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="where to write it (default: LABELS/contact.html)")
     parser.add_argument(
         "--shown", type=int, default=12, metavar="N", help="how many samples are shown as pictures (12)"
     )

@@ -14,14 +14,16 @@ from distill.app.verbs._recipe import refuse, take_recipe
 def arguments(parser: argparse.ArgumentParser) -> None:
     take_recipe(parser)
     parser.add_argument(
-        "--worker", action="store_true", help="label beside other workers, on any machine, which join and leave freely"
+        "--worker",
+        action="store_true",
+        help="label together with other workers, on any machine; they join and leave freely",
     )
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",
         nargs="?",
         const="",
-        help="have a Ray cluster start the workers, one a GPU; without an address, this machine's",
+        help="start the workers on a Ray cluster, one per GPU; without an address, this machine's",
     )
 
 
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.recipe import load
 
     if args.ray is not None:
-        refuse({"--worker": args.worker}, "one of several workers, which --ray starts by itself: give one of the two")
+        refuse({"--worker": args.worker}, "no effect with --ray, which starts the workers itself; give one of the two")
     recipe = load(args.recipe, args.set, command="label")
     if args.ray is not None:
         from distill.app.cluster import label_on

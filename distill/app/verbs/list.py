@@ -1,4 +1,4 @@
-"""what there is: teachers (depth types, licences), decoders, loss terms, data sets, benchmarks, recipes, studies
+"""list what there is: teachers (depth types, licences), decoders, loss terms, data sets, benchmarks, recipes, studies
 
 distill list teachers     depth types, sizes, licences, commercial use, revisions on this machine
 distill list recipes      names that `distill show`, `label`, `train` and `score` take from anywhere

@@ -9,9 +9,9 @@ distill predict photos/ --teacher depth_anything_v2 --weights metric.pth --set m
 
 Safe to interrupt; rerun to resume: only missing maps, and those of photos that have changed, are made.
 predict_sources.jsonl says which photo made which map. Unreadable images are skipped and listed with the reason. Of a
-GIF, the first picture is used. In three dimensions the camera is --fov or --intrinsics, else what the photo's EXIF
-says, else 60 degrees, and so are the metres of a model that depends on the camera; of a map whose shift is unknown
---far says how deep the scene is taken to be.
+GIF, the first picture is used. For 3D files, and for the metres of a model that depends on the camera, the camera is
+--fov or --intrinsics, else what the photo's EXIF says, else 60 degrees. For a map of unknown shift, --far says how deep
+the scene is assumed to be.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fov", type=float, metavar="DEGREES", help="the camera's horizontal field of view")
     parser.add_argument("--intrinsics", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="in pixels")
-    parser.add_argument("--far", type=float, metavar="TIMES", help="farthest over nearest distance of a relief (10)")
-    parser.add_argument("--size", type=int, metavar="N", help="short side to work at, in place of the student's own")
+    parser.add_argument(
+        "--far", type=float, metavar="TIMES", help="farthest over nearest distance, if the shift is unknown (10)"
+    )
+    parser.add_argument("--size", type=int, metavar="N", help="short side to predict at, instead of the student's own")
     parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's GPU, then CPU), cpu, cuda:1, mps")
-    parser.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
-    parser.add_argument("--decoder", metavar="FILE.py", help="the student's decoder, where it is a file of your own")
+    parser.add_argument("--encoder-weights", metavar="FILE", help="weights of a frozen encoder kept outside the folder")
+    parser.add_argument("--decoder", metavar="FILE.py", help="the student's decoder, if it is your own file")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     student_only = {"--student": args.student, "--size": args.size, "--encoder-weights": args.encoder_weights}
     student_only |= {"--decoder": args.decoder}
     if args.teacher and (flags := [name for name, value in student_only.items() if value is not None]):
-        raise ValueError(f"{', '.join(flags)}: of students; leave it out beside --teacher")
+        raise ValueError(f"{', '.join(flags)}: only for students; leave it out with --teacher")
     options, lens = teacher_options(args), _lens(args)
     if args.decoder:
         allow(args.decoder)
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     for line in survey.notes:
         note(line)
     if estimator.takes_focal and args.fov is None and not args.intrinsics:
-        note(f"its metres depend on the camera: each photo's by EXIF, else {FOV:g} degrees across; --fov says it")
+        note(f"its metres depend on the camera: each photo's EXIF, else {FOV:g} degrees across; --fov sets it")
     with progress("predict") as report:
         outcome = predict.run(estimator, jobs, out=args.out, formats=args.formats, report=report, lens=lens)
     outcome.problems[:0] = survey.refused
@@ -106,7 +108,7 @@ def _check_used(args: argparse.Namespace, *, takes_focal: bool) -> None:
     )
     flags = [name for name, value in options.items() if value is not None]
     if flags and not SOLID.keys() & set(args.formats):
-        raise ValueError(f"{', '.join(flags)}: of three dimensions; ask for --write {' '.join(SOLID)}, or leave it out")
+        raise ValueError(f"{', '.join(flags)}: only for 3D files; give --write {' '.join(SOLID)}, or leave it out")
 
 
 def _lens(args: argparse.Namespace) -> Any:
@@ -114,7 +116,7 @@ def _lens(args: argparse.Namespace) -> Any:
     from distill.inference.solid import DEEPEST, FAR, Lens, camera
 
     if args.fov is not None and args.intrinsics:
-        raise ValueError("--fov and --intrinsics both say the camera: keep one")
+        raise ValueError("--fov and --intrinsics both describe the camera: keep one")
     far = FAR if args.far is None else args.far
     if not 1 < far <= DEEPEST:
         raise ValueError(f"--far must be above 1, and at most {DEEPEST:g}, not {far:g}")

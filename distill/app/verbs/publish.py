@@ -15,15 +15,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["labels", "student"], help="what the folder holds")
     parser.add_argument("folder", metavar="FOLDER", help="a labels folder; or a run, a student's folder or pocket")
     parser.add_argument(
-        "out", metavar="OUT", type=Path, help="the folder to write; an earlier one of this command goes"
+        "out", metavar="OUT", type=Path, help="the folder to write; replaced if this command wrote it before"
     )
     parser.add_argument(
         "--images",
         choices=["auto", "include", "hashes"],
         default="auto",
-        help="of labels: what their licence allows (auto), the photographs, or a list with hashes in their place",
+        help="for labels: include what their licence allows (auto), the photographs, or a list with hashes instead",
     )
-    parser.add_argument("--recipe", metavar="RECIPE", help="of labels: lists the sha256 of its photographs' files too")
+    parser.add_argument("--recipe", metavar="RECIPE", help="for labels: also list the sha256 of its photographs' files")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
 
     if args.what == "student":
         if args.recipe or args.images != "auto":
-            raise ValueError("--images and --recipe are of labels: leave them out")
+            raise ValueError("--images and --recipe are only for labels: leave them out")
         done = publish.publish_student(checkpoint.fetch(args.folder), args.out)
         if done["commercial"] is not True:
-            note("its teachers, images or starting weights do not allow commercial use, or do not say: the card tells")
+            note("its teachers, images or starting weights do not allow commercial use, or do not say: see the card")
         say(f"{args.out}: the student, its card and checksums; hf upload OWNER/NAME {args.out}", **done)
         return 0
     from distill.app.recipe import load

@@ -15,7 +15,7 @@ from distill.app.verbs._recipe import refuse, take_recipe
 def arguments(parser: argparse.ArgumentParser) -> None:
     take_recipe(parser, what="a recipe, or a run's folder")
     parser.add_argument("--format", choices=["html", "md", "latex", "text"], default="html", help="default: html")
-    parser.add_argument("--metrics", metavar="NAMES", help="of the table, with commas (abs_rel,delta1)")
+    parser.add_argument("--metrics", metavar="NAMES", help="metrics of the table, separated by commas (abs_rel,delta1)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.recipe import differences, load
 
     if args.format == "html":
-        refuse({"--metrics": args.metrics}, "of a table: give --format md, latex or text")
+        refuse({"--metrics": args.metrics}, "no effect on HTML; give --format md, latex or text")
     folder = Path(args.recipe)
     if not folder.is_dir() and folder.suffix != ".toml":
         _check_name(args.recipe)
@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run; give a run's folder or its recipe")
     if recipe is None and args.set:
-        raise ValueError("--set changes a recipe, and a run's folder has run: leave it out")
+        raise ValueError("--set changes a recipe, but this is the folder of a run: leave it out")
     if recipe is not None and (changed := differences(recipe, run)):
-        note(f"{run} was made with other values of {', '.join(changed)}: the report is of the run as it is")
+        note(f"{run} was made with other values of {', '.join(changed)}: the report shows the run as it is")
     if args.format == "html":
         from distill.eval.reports.report import write_report
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--metrics: none of these scores has {', '.join(unknown)}; there are {', '.join(known)}")
     table_of_scores = grid(scores, metrics)
     if args.format == "text":
-        table(f"scores of {run} (* best, + these images do not tell who is)", *as_text(table_of_scores))
+        table(f"scores of {run} (* best, + not told apart from the best by these images)", *as_text(table_of_scores))
         for line in table_of_scores.notes:
             note(line)
     else:
@@ -70,7 +70,7 @@ _RUN_FILES = ("recipe.toml", "scores", "train", "labels*", "predictions", "fidel
 def _check_run(run: Path) -> None:
     """Raises FileNotFoundError for a folder that is no run: an empty report would only clutter it."""
     if not any(next(run.glob(name), None) for name in _RUN_FILES):
-        raise FileNotFoundError(f"{run}: nothing of a run lies there; give a run's folder or its recipe")
+        raise FileNotFoundError(f"{run}: not the folder of a run; give a run's folder or its recipe")
 
 
 def _check_name(name: str) -> None:
@@ -82,5 +82,5 @@ def _check_name(name: str) -> None:
         locate(name)
     except RecipeError as error:
         runs = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/recipe.toml")))
-        listing = f"; here are {runs}" if runs else ""
-        raise FileNotFoundError(f"{name}: no such run, nor a recipe of that name{listing}") from error
+        listing = f"; runs here: {runs}" if runs else ""
+        raise FileNotFoundError(f"{name}: no run or recipe of that name{listing}") from error

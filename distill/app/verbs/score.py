@@ -11,10 +11,10 @@ from distill.app.verbs._recipe import refuse, take_recipe
 def arguments(parser: argparse.ArgumentParser) -> None:
     take_recipe(parser, optional=True)
     parser.add_argument("--predictions", metavar="DIR", help="stored predictions (.npy float32, Marigold's naming)")
-    parser.add_argument("--kind", metavar="KIND", help="what they are: affine_disparity, scale_depth, ...")
-    parser.add_argument("--benchmark", metavar="NAME", help="a name of `distill list benchmarks`")
+    parser.add_argument("--kind", metavar="KIND", help="the predictions' kind: affine_disparity, scale_depth, ...")
+    parser.add_argument("--benchmark", metavar="NAME", help="a name from `distill list benchmarks`")
     parser.add_argument("--root", metavar="DIR", help="the benchmark's data: a folder or the published tar")
-    parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")
+    parser.add_argument("--list", metavar="FILE", help="a list of other samples, with the published list's columns")
     parser.add_argument(
         "--protocol",
         choices=[
@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--alignment",
         choices=["auto", "affine", "scale", "median", "l1"],
         default="auto",
-        help="auto: what the kind leaves unknown, by least squares; median: a scale by the medians alone",
+        help="auto: fit what the kind leaves unknown by least squares; median: only a scale, from the medians",
     )
     parser.add_argument(
         "--offset-positive",
@@ -41,29 +41,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="marigold mode: add a constant to affine disparity, so that its fit of positive pixels sees all of them",
     )
     parser.add_argument("--model", metavar="NAME", help="the name in tables; the folder's by default")
-    parser.add_argument("--allow-failed", action="store_true", help="a mean over the images that could be scored")
-    parser.add_argument("--out", metavar="FILE.json", help="where to write the scores; a .csv goes beside it")
+    parser.add_argument("--allow-failed", action="store_true", help="average over the images that could be scored")
+    parser.add_argument("--out", metavar="FILE.json", help="where to write the scores, along with a .csv")
 
 
 def run(args: argparse.Namespace) -> int:
     if bool(args.recipe) == bool(args.predictions):
         raise ValueError("score takes a recipe, or --predictions with --kind, --benchmark, --root and --out")
     if args.recipe:
-        refuse({"--out": args.out}, "of --predictions; a recipe's scores lie in its run's folder")
+        refuse({"--out": args.out}, "a recipe's scores go to its run's folder; give --predictions instead of a recipe")
         prediction_options = ("kind", "model", "allow_failed")
-        refuse({f"--{name.replace('_', '-')}": getattr(args, name) for name in prediction_options}, "of --predictions")
+        refuse(
+            {f"--{name.replace('_', '-')}": getattr(args, name) for name in prediction_options},
+            "only for --predictions",
+        )
         benchmark_options = ("benchmark", "root", "list", "protocol", "offset_positive")
         set_options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in benchmark_options}
         set_options["--alignment"] = None if args.alignment == "auto" else args.alignment
-        refuse(set_options, "of --predictions; a recipe says it in [[benchmarks]] (--set benchmarks.0.KEY=VALUE)")
+        refuse(
+            set_options, "only for --predictions; in a recipe set it in [[benchmarks]] (--set benchmarks.0.KEY=VALUE)"
+        )
         from distill.app.commands import run_score
         from distill.app.recipe import load
 
         results = run_score(load(args.recipe, args.set, command="score"))
         return 1 if any(result.num_failed for result in results) else 0
-    refuse({"--set": args.set}, "changes a recipe: give one")
+    refuse({"--set": args.set}, "no effect without a recipe; give one")
     if not args.benchmark:
-        raise ValueError("--predictions needs --benchmark NAME: what the predictions are predictions of")
+        raise ValueError("--predictions needs --benchmark NAME: the benchmark that was predicted")
     from distill.app.console import note, progress, say, table
     from distill.eval.protocol import RIVAL_MODES
     from distill.eval.score import score_predictions
@@ -99,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"{failed} of {len(result.images)} images could not be scored" + ("" if args.allow_failed else "; no mean"))
     if all(value is None for _, value in means):
         if not failed:
-            say("no image has a pixel of truth to be scored by")
+            say("no image has a pixel of ground truth to score")
         return 1
     return 1 if failed and not args.allow_failed else 0
 
@@ -117,9 +122,9 @@ def _under_rivals(args: argparse.Namespace) -> int:
     from distill.eval.rivals import NAMES, score_under_all, sentence
 
     if args.alignment != "auto" or args.offset_positive:
-        raise ValueError("a protocol by name says its own alignment: leave --alignment and --offset-positive out")
+        raise ValueError("a named protocol has its own alignment: leave --alignment and --offset-positive out")
     if not args.kind:
-        raise ValueError("protocols by name need --kind: which of them are defined depends on it")
+        raise ValueError("named protocols need --kind, which decides which of them are defined")
     with progress(f"score {args.benchmark}") as report:
         results = score_under_all(
             args.predictions,
@@ -145,7 +150,7 @@ def _under_rivals(args: argparse.Namespace) -> int:
     title = f"{args.model or Path(args.predictions).name} on {args.benchmark}, the same predictions"
     table(title, ["protocol", "abs_rel", "delta1", "alignment", "id"], lines)
     for name, result in results.items():
-        note(f"  {name}: {sentence(name) if not isinstance(result, str) else f'not here: {result}'}")
+        note(f"  {name}: {sentence(name) if not isinstance(result, str) else f'not available: {result}'}")
     if failed:
-        say(f"{failed} times an image could not be scored" + ("" if args.allow_failed else "; no mean"))
+        say(f"scoring an image failed {failed} times" + ("" if args.allow_failed else "; no mean"))
     return 1 if failed and not args.allow_failed else 0

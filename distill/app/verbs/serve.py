@@ -20,8 +20,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", metavar="NAME", help="a run, a student's folder, pocket (default), or OWNER/NAME")
     take_teacher(parser)
     parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's GPU, then CPU), cpu, cuda:1, mps")
-    parser.add_argument("--host", default="127.0.0.1", help="who may ask: this machine alone by default; 0.0.0.0: all")
-    parser.add_argument("--port", type=int, default=7860, help="7860; 0 takes a free one")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="who may connect: by default only this machine; 0.0.0.0: all"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0 picks a free one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port is from 0 to 65535, not {args.port}")
     if args.teacher and args.student:
-        raise ValueError("--student and --teacher both say the model: keep one")
+        raise ValueError("--student and --teacher both name a model: keep one")
     options = teacher_options(args)
     name = args.teacher or args.student or "the built-in model"
     model: Any
@@ -44,15 +46,17 @@ def run(args: argparse.Namespace) -> int:
     try:
         server = DepthServer(model, name, host=args.host, port=args.port)
     except socket.gaierror as error:
-        raise OSError(f"--host {args.host}: {error.strerror}; 127.0.0.1 is this machine, 0.0.0.0 all of it") from error
+        raise OSError(
+            f"--host {args.host}: {error.strerror}; 127.0.0.1 is only this machine, 0.0.0.0 all its addresses"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
             raise
         raise OSError(f"port {args.port} of {args.host}: {error.strerror}; give another --port or --host") from error
     with server:
         address = f"http://{args.host}:{server.server_address[1]}"
-        say(f"{address} (Ctrl-C ends it)", address=address)
+        say(f"{address} (Ctrl-C stops it)", address=address)
         if args.host not in ("127.0.0.1", "localhost", "::1"):
-            note("anybody who reaches this machine may send it photos; there is no password")
+            note("anyone who can reach this machine may send it photos; there is no password")
         server.serve_forever()
     return 0

@@ -1,6 +1,6 @@
 """print a recipe resolved, defaults included; with --explain, what its keys mean
 
-distill show demo --explain                each key below its meaning, unit, and where its default is from
+distill show demo --explain                each key below its meaning, unit and the source of its default
 distill show demo --explain crops.size     one key, or one table, with its value in this recipe
 distill show --explain crops               without a recipe
 """
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.recipe or args.explain):
         raise ValueError("show takes a recipe, or --explain KEY with a key such as crops.size")
     if not args.recipe:
-        refuse({"--set": args.set}, "changes a recipe: give one")
+        refuse({"--set": args.set}, "no effect without a recipe; give one")
     recipe = load(args.recipe, args.set) if args.recipe else None
     if args.explain:
         text = explain_key(args.explain, recipe)

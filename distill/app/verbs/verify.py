@@ -1,4 +1,4 @@
-"""read a labels folder again: checksums, counts, ranges, keys; --repair labels again what is bad"""
+"""check a labels folder: checksums, counts, ranges, keys; --repair labels bad tars again"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repair", action="store_true", help="label bad tars again, from the recipe in the manifest")
     parser.add_argument("--recipe", metavar="RECIPE", help="with --repair: your own recipe instead of the manifest's")
     parser.add_argument(
-        "--trust-recipe", action="store_true", help="with --repair: run the manifest's recipe though it never ran here"
+        "--trust-recipe", action="store_true", help="with --repair: run the manifest's recipe even if it never ran here"
     )
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
             repaired = repair(args.folder, recipe=recipe, trusted=args.trust_recipe, report=report)
         say(f"{args.folder}: complete" + (f"; made again: {', '.join(repaired)}" if repaired else ""))
         return 0
-    refuse({"--recipe": args.recipe, "--trust-recipe": args.trust_recipe}, "of a repair: give --repair")
+    refuse({"--recipe": args.recipe, "--trust-recipe": args.trust_recipe}, "no effect without a repair; give --repair")
     with progress("verify") as report:
         problems = verify_labels(args.folder, report=report)
     if problems:
