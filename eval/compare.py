@@ -68,7 +68,9 @@ class ModelComparison:
 # --- predicting -------------------------------------------------------------------------------------------------------
 
 
-def gather(entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *, report: Report | None = None) -> int:
+def predict_missing(
+    entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *, report: Report | None = None
+) -> int:
     """Predict the missing maps of one model and return their number; loads the model only if needed.
 
     Raises ValueError if the folder holds maps of other settings or weights, and whatever the model raises.
@@ -80,7 +82,7 @@ def gather(entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *
     if complete and stored is not None and stored["settings"] == settings and (store / CARD).is_file():
         return 0
     cost = Cost()
-    teacher = cost.watch(entrant.load)
+    teacher = cost.load_and_measure(entrant.load)
     stored_card = _read_card(store)
     if stored_card and stored_card["card"]["revision"] != teacher.card.revision:
         raise ValueError(
@@ -127,7 +129,7 @@ class ImageView:
     reference: str
 
 
-def look(sample: BenchmarkSample, names: Sequence[str], folder: Path) -> ImageView:
+def read_view(sample: BenchmarkSample, names: Sequence[str], folder: Path) -> ImageView:
     """Read one image, its truth and the stored maps; raises BadPredictionError if a map cannot be read."""
     image = sample.image()[None]
     truth = sample.truth()
@@ -236,7 +238,7 @@ def compare(
     images = []
     for done, sample in enumerate(samples, 1):
         try:
-            view = look(sample, names, folder)
+            view = read_view(sample, names, folder)
         except BadPredictionError as error:
             raise BadPredictionError(f"{sample.key}: {error}; compare again with the models available") from error
         numbers = measure_image(view, seed=done)

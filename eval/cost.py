@@ -1,7 +1,7 @@
 """What a model costs: parameters, FLOPs, time per image, memory; measured while it predicts, on a named machine.
 
     cost = Cost()
-    teacher = cost.watch(load)              # or cost.of(teacher), if it is already loaded
+    teacher = cost.load_and_measure(load)   # or cost.attach(teacher), if it is already loaded
     predict(cost.timed(teacher), ...)
     cost.summary(before)                    # plain values, as JSON takes them
 
@@ -42,7 +42,7 @@ class Cost:
         self.before = _resident("VmRSS")
         self.held = 0
 
-    def watch(self, load: Callable[[], Teacher]) -> Teacher:
+    def load_and_measure(self, load: Callable[[], Teacher]) -> Teacher:
         """Load the model, counting memory from this point."""
         _reset_peak()
         self.before = _resident("VmRSS")
@@ -54,7 +54,7 @@ class Cost:
             self.held = allocated[torch.device(self.device).index or 0]
         return teacher
 
-    def of(self, teacher: Teacher) -> Teacher:
+    def attach(self, teacher: Teacher) -> Teacher:
         """The same for a loaded model: counts the memory of its weights and what predicting adds from here."""
         self._inspect(teacher)
         if torch.cuda.is_available() and self.device.startswith("cuda"):

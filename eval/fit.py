@@ -76,7 +76,7 @@ class ImageErrors:
     scale_error: float | None = None
 
 
-def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
+def alignment_plan(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
     """How a prediction of `kind` is compared with a truth of kind `truth`; raises KindError if it cannot be.
 
     alignment: a protocol's, which decides what to fit; "" fits what the kinds leave unknown.
@@ -101,7 +101,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     Raises NoGroundTruthError, or ValueError if the prediction is not finite on a valid pixel; messages have one line.
     Source of the marigold mode: prs-eth/Marigold, script/depth/eval.py and src/util/alignment.py.
     """
-    plan = way(kind, truth.kind, protocol.alignment)
+    plan = alignment_plan(kind, truth.kind, protocol.alignment)
     if truth.kind.unknown != "affine":
         truth = as_depth(truth)
     values, valid = truth.values[0].numpy(), truth.valid[0].numpy()
@@ -162,7 +162,7 @@ def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Proto
     """
     truth = as_depth(truth)
     fitted = protocol.with_kind(kind)
-    plan = way(kind, truth.kind, fitted.alignment)
+    plan = alignment_plan(kind, truth.kind, fitted.alignment)
     if plan.unknown != "affine":
         depth = 1.0 / np.maximum(pred, 1e-6) if kind.quantity == "disparity" else pred
         if not np.isfinite(depth[truth.valid[0].numpy()]).all():

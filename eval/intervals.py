@@ -44,7 +44,7 @@ def mean_interval(score: Score, metric: str) -> tuple[float, float] | None:
     return interval(list(_by_image(score, metric).values()))
 
 
-def apart(first: Score, second: Score, metric: str) -> bool:
+def distinguishable(first: Score, second: Score, metric: str) -> bool:
     """Whether the images scored by both tell the two means apart: the interval of the difference excludes 0."""
     if first.task.over_all:
         return False
@@ -53,7 +53,7 @@ def apart(first: Score, second: Score, metric: str) -> bool:
     return bounds is not None and not bounds[0] <= 0 <= bounds[1]
 
 
-def places(scores: Sequence[Score | None], metric: str, *, lower_is_better: bool) -> list[int]:
+def rank_marks(scores: Sequence[Score | None], metric: str, *, lower_is_better: bool) -> list[int]:
     """A mark per score of one column: 1 for a leading score that the images tell apart from every other; else 2 for the
     leading score and those not told apart from it; 0 for all others, and where there is no interval.
     """
@@ -67,7 +67,7 @@ def places(scores: Sequence[Score | None], metric: str, *, lower_is_better: bool
     assert leading is not None
     if mean_interval(leading, metric) is None:
         return [0] * len(scores)
-    tied = [i for i in known if i != leader and (other := scores[i]) and not apart(leading, other, metric)]
+    tied = [i for i in known if i != leader and (other := scores[i]) and not distinguishable(leading, other, metric)]
     marks = [0] * len(scores)
     for i in tied:
         marks[i] = 2

@@ -28,8 +28,8 @@ _ROW = ("model", "weights", "note", "dtype", *_RUN_SETTINGS)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperNumber:
     """One number of a paper. value: a share, not per cent. tolerance: how far ours may be from it. weights: the row's
-    released ones, () if there are none. protocol: "marigold", or why none of ours matches. asked: the settings that a
-    teacher must be used with (resize, native_size, steps, ensemble) and dtype. note: how it was run.
+    released ones, () if there are none. protocol: "marigold", or why none of ours matches. required_settings: those that
+    a teacher must be used with (resize, native_size, steps, ensemble) and dtype. note: how it was run.
     """
 
     paper: str
@@ -41,7 +41,7 @@ class PaperNumber:
     tolerance: float
     weights: tuple[str, ...]
     protocol: str
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    required_settings: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
 
@@ -107,7 +107,7 @@ def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[st
                     tolerance=margin + 0.5 * 10.0 ** -table["digits"] * table["unit"],
                     weights=tuple(row.get("weights", ())),
                     protocol=table["protocol"],
-                    asked=_required_settings(row, benchmark),
+                    required_settings=_required_settings(row, benchmark),
                     note=row.get("note", ""),
                 )
             )
@@ -172,7 +172,7 @@ def _obstacle(scored: Scored, number: PaperNumber) -> str:
         return "how the maps were predicted (size, steps, format) is not recorded"
     differences = [
         f"{key} {scored.used.get(key, 'unknown')}, not {expected}"
-        for key, expected in number.asked.items()
+        for key, expected in number.required_settings.items()
         if scored.used.get(key) != expected
     ]
     return f"predicted differently: {'; '.join(differences)}" if differences else ""

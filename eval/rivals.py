@@ -119,7 +119,7 @@ RIVALS: Mapping[str, Rival] = {
 NAMES = ("marigold", "clean", *RIVALS)
 
 
-def under(own: Protocol, name: str, kind: Kind) -> tuple[Protocol, str]:
+def rival_protocol(own: Protocol, name: str, kind: Kind) -> tuple[Protocol, str]:
     """The protocol of this name for a benchmark, and the alignment to request.
 
     Raises ProtocolError if the benchmark has no such protocol, KindError if it is not defined for this kind.
@@ -156,7 +156,7 @@ def score_under_all(
     results: dict[str, Score | str] = {}
     for done, name in enumerate(names, 1):
         try:
-            protocol, choice = under(module.PROTOCOL, name, Kind(kind))
+            protocol, choice = rival_protocol(module.PROTOCOL, name, Kind(kind))
         except (ProtocolError, KindError) as error:
             results[name] = str(error)
             continue

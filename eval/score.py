@@ -26,7 +26,7 @@ from distill.core.progress import Report
 from distill.core.threads import one_thread
 from distill.data.filetypes import counted, sort_of
 from distill.data.maps import SUFFIXES, stored_stems
-from distill.eval.benchmarks import BenchmarkSample, actual
+from distill.eval.benchmarks import BenchmarkSample, with_listed_images
 from distill.eval.fit import ImageErrors, NoGroundTruthError
 from distill.eval.plane import fit_plane
 from distill.eval.protocol import Protocol, require_same
@@ -70,7 +70,7 @@ def score(
     store holds no prediction at all, ValueError for a kind that contradicts the store.
     """
     store = Path(store)
-    protocol = actual(protocol.in_mode(mode or protocol.mode), samples)
+    protocol = with_listed_images(protocol.in_mode(mode or protocol.mode), samples)
     settings = read_settings(store)
     kind = _checked_kind(store, kind, settings)
     protocol = protocol.with_kind(kind, alignment)

@@ -32,7 +32,7 @@ from distill.app.study import Column, Study, StudyCell, Version, cells, read_stu
 from distill.core import files
 from distill.data import scenes
 from distill.eval.labels import LabelQuality, label_quality
-from distill.eval.reports.ablation import CLAIM_HEAD, AblationRow, Claim, Table, markdown, together, write_page
+from distill.eval.reports.ablation import CLAIM_HEAD, AblationRow, Claim, Table, joint_holm_line, markdown, write_page
 from distill.eval.score import read_scores
 from distill.eval.verdict import UNDECIDED, UNKNOWN, holm, judge, paper_effect
 from distill.labelling.lock import RunLockedError, run_lock
@@ -84,7 +84,7 @@ def run_studies(
         say(f"study: {(folder / 'index.html').resolve()}")
         results.append(result)
     if len(results) > 1:
-        say(together(results))
+        say(joint_holm_line(results))
     return results
 
 

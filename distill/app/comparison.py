@@ -33,7 +33,7 @@ from distill.core.plugins import file_hashes
 from distill.data.corruptions import Corruptions
 from distill.data.sources import BadImageError, Entry, Rejected
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.compare import Entrant, ModelComparison, compare, gather, write_comparison
+from distill.eval.compare import Entrant, ModelComparison, compare, predict_missing, write_comparison
 from distill.eval.reports.compare_page import sentences, write_page
 from distill.eval.reports.page import digits
 from distill.eval.timing import RunTime, paper_run_times, run_time
@@ -55,7 +55,7 @@ def _compare(recipe: Recipe) -> Path:
     models = entrants(recipe, samples)
     for entrant in models:
         with progress(f"predict {entrant.name}") as report:
-            gather(entrant, samples, folder, report=report)
+            predict_missing(entrant, samples, folder, report=report)
     names = [entrant.name for entrant in models]
     with progress("compare") as report:
         result = compare(names, samples, folder, report=report)

@@ -137,7 +137,7 @@ def _predict(
     used = how_used(recipe, name, teacher, spec)
     with progress(f"predict {spec.alias_or_name} {name}") as report:
         done = scoring.predict(
-            cost.timed(cost.of(teacher)), samples, store, settings=settings, used=used, report=report, tell=note
+            cost.timed(cost.attach(teacher)), samples, store, settings=settings, used=used, report=report, tell=note
         )
     if done:
         summary = cost.summary(summary)

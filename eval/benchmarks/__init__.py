@@ -79,6 +79,6 @@ def prediction_path(rgb: str) -> str:
     return str(path.with_name(f"pred_{path.stem.removeprefix('rgb_')}.npy"))
 
 
-def actual(protocol: Protocol, samples: Sequence[BenchmarkSample]) -> Protocol:
+def with_listed_images(protocol: Protocol, samples: Sequence[BenchmarkSample]) -> Protocol:
     """The protocol with the number and the hash of the given images instead of the published ones."""
     return replace(protocol, num_images=len(samples), list_sha256=list_hash(sample.key for sample in samples))

@@ -96,7 +96,7 @@ class Files:
             return set(self._members)
         return {path.relative_to(self.root).as_posix() for path in files_below(self.root)}
 
-    def call(self, names: Mapping[str, str]) -> None:
+    def set_aliases(self, names: Mapping[str, str]) -> None:
         """Set aliases of files: requested name -> the file's own name."""
         self._aliases = names
 
@@ -210,7 +210,9 @@ def rows_of_list(files: Files, list_file: Path | str, layout: FileLayout) -> Row
     """The rows of a list; its names become aliases of the files, wherever below the root these lie."""
     rows = read_list(list_file, layout)
     if not all(files.has(name) for row in rows for name in row):
-        files.call(_find_aliases(files.names(), layout, lambda names: sum(names.issuperset(row) for row in rows)))
+        files.set_aliases(
+            _find_aliases(files.names(), layout, lambda names: sum(names.issuperset(row) for row in rows))
+        )
     return rows
 
 
@@ -221,7 +223,7 @@ def rows_found(files: Files, protocol: Protocol, layout: FileLayout) -> tuple[Ro
     if not _is_published(protocol, rows[0]):
         aliases = _find_aliases(names, layout, lambda names: _worth(protocol, layout.rows(names)[0]))
         if aliases:
-            files.call(aliases)
+            files.set_aliases(aliases)
             return layout.rows(set(aliases))
     return rows
 

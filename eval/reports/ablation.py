@@ -74,7 +74,7 @@ class Claim:
     bounded: bool = False
 
     @property
-    def here(self) -> str:
+    def effect_text(self) -> str:
         """The effect with its interval."""
         ours = self.ours
         if not ours.seeds:
@@ -86,7 +86,7 @@ class Claim:
         return f"{ours.effect:+.1%} [{ours.low:+.1%}, {ours.high:+.1%}] ({ours.seeds} seeds{pair})"
 
     @property
-    def papers(self) -> str:
+    def paper_text(self) -> str:
         """The paper's effect, and whether the interval here excludes it."""
         if self.paper is None:
             return "-"
@@ -96,7 +96,14 @@ class Claim:
 
     def cells(self) -> list[str]:
         """Its row in the table of claims."""
-        return [self.text, self.metric, self.papers, self.here, self.ours.word, "yes" if self.survives else "no"]
+        return [
+            self.text,
+            self.metric,
+            self.paper_text,
+            self.effect_text,
+            self.ours.word,
+            "yes" if self.survives else "no",
+        ]
 
 
 CLAIM_HEAD = ["claim", "in", "paper’s effect", "here, 90 % interval", "verdict", "survives Holm"]
@@ -193,7 +200,7 @@ class Table:
         }
 
 
-def together(tables: Sequence[Table]) -> str:
+def joint_holm_line(tables: Sequence[Table]) -> str:
     """A line on how many claims of several studies survive a correction for their total number."""
     decided = [claim for table in tables for claim in table.claims if claim.ours.word != UNKNOWN]
     survive = holm([claim.ours.p for claim in decided])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from distill.core.align import apply_affine, fit_affine
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.compare import TRUTH, ImageView, ModelComparison, look
+from distill.eval.compare import TRUTH, ImageView, ModelComparison, read_view
 from distill.eval.reports import figures
 from distill.eval.reports.page import missing
 
@@ -49,7 +49,7 @@ def gallery(comparison: ModelComparison, samples: Sequence[BenchmarkSample], fol
         rank_text = "where they agree best" if image is ranked[-1] and len(ranked) > 1 else f"disagreement {rank}"
         heading = f"mean error between models {image['disagreement']:.2f}"
         parts.append(f"<h4>{escape(image['key'])} <small>{rank_text}, {heading}</small></h4>")
-        parts.append(_strip(look(by_key[image["key"]], names, folder), image))
+        parts.append(_strip(read_view(by_key[image["key"]], names, folder), image))
     return "".join(parts)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from distill.core.depth import DepthMap, Kind
 from distill.core.plugins import find
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.fit import way
+from distill.eval.fit import alignment_plan
 from distill.eval.reports import figures
 from distill.eval.reports.page import missing
 from distill.eval.score import ImageScore, Score
@@ -143,7 +143,7 @@ def aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np.
         return None
     height, width = truth.values.shape[-2:]
     pred = read_prediction(path, (height, width))[0] * np.float32(image.scale) + np.float32(image.shift)
-    plan = way(score.kind, truth.kind, score.protocol.alignment)
+    plan = alignment_plan(score.kind, truth.kind, score.protocol.alignment)
     if plan.fit == "disparity":
         pred = 1.0 / np.maximum(pred, 1e-6)
     low, high = max(score.protocol.min_depth, 1e-6), score.protocol.max_depth

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from distill.eval.intervals import FEWEST, mean_interval, places
+from distill.eval.intervals import FEWEST, mean_interval, rank_marks
 from distill.eval.metrics import MetricRow
 from distill.eval.papers import PaperVerdict
 from distill.eval.reports.page import details, missing, name, pairs, short, table
@@ -43,7 +43,7 @@ def _benchmark_table(benchmark: str, scores: Sequence[Score]) -> str:
     first = scores[0]
     metrics = first.task.rows
     head = ["model", *_metric_heads(metrics), "images", "protocol"]
-    marks = {key: places(scores, key, lower_is_better=row.lower_is_better) for key, row in metrics.items()}
+    marks = {key: rank_marks(scores, key, lower_is_better=row.lower_is_better) for key, row in metrics.items()}
     rows = []
     for i, score in enumerate(scores):
         cells = [

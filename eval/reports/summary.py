@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from distill.core.printable import printable
-from distill.eval.intervals import FEWEST, apart, mean_interval, places
+from distill.eval.intervals import FEWEST, distinguishable, mean_interval, rank_marks
 from distill.eval.reports import figures
 from distill.eval.reports.page import digits, missing, name, short, table
 from distill.eval.scorefile import Score
@@ -62,7 +62,9 @@ def verdict(scores: Sequence[Score]) -> str:
         parts.append(_against(about, _leading(others, main), main))
     if prior is not None:
         better = _is_better(about, prior, main)
-        relation = ("better" if better else "worse") if apart(about, prior, main) else "not clearly better or worse"
+        relation = (
+            ("better" if better else "worse") if distinguishable(about, prior, main) else "not clearly better or worse"
+        )
         parts.append(f"{relation} than the plane baseline ({_number(prior, main)})")
     if cost := _cost_words(about, others):
         parts.append(cost)
@@ -89,7 +91,7 @@ def _value(score: Score, metric: str) -> str:
 
 
 def _against(about: Score, other: Score, metric: str) -> str:
-    if not apart(about, other, metric):
+    if not distinguishable(about, other, metric):
         return f"which these images do not tell apart from {other.model}’s {_number(other, metric)}"
     better = "better" if _is_better(about, other, metric) else "worse"
     ours, theirs = float(about.metrics[metric] or 0.0), float(other.metrics[metric] or 0.0)
@@ -125,7 +127,7 @@ def cost_table(scores: Sequence[Score]) -> str:
         head.append(
             f"{escape(group[0].benchmark)}<br>{TITLES.get(main, main)}&nbsp;{'↓' if row.lower_is_better else '↑'}"
         )
-        marks = places(group, main, lower_is_better=row.lower_is_better)
+        marks = rank_marks(group, main, lower_is_better=row.lower_is_better)
         cells = {s.model: _cell(s, main, mark) for s, mark in zip(group, marks, strict=True)}
         for model in models:
             rows[model].append(cells.get(model, '<span class="none">–</span>'))

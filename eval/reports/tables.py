@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distill.eval.intervals import places
+from distill.eval.intervals import rank_marks
 from distill.eval.metrics import MetricRow
 from distill.eval.scorefile import Score
 
@@ -20,7 +20,7 @@ DEFAULT = ("abs_rel", "delta1")
 
 @dataclass(frozen=True, slots=True)
 class TableCell:
-    """A number as text, "-" where there is none. rank: the mark of eval.intervals.places: 1 best, 2 shares the lead."""
+    """A number as text, "-" where there is none. rank: of eval.intervals.rank_marks: 1 best, 2 shares the lead."""
 
     text: str
     rank: int = 0
@@ -75,7 +75,7 @@ def _special_alignment(score: Score) -> str:
 def _column(scores: Sequence[Score | None], metric: str, row: MetricRow) -> list[TableCell]:
     values = [None if s is None else s.metrics.get(metric) for s in scores]
     cells = []
-    marks = places(scores, metric, lower_is_better=row.lower_is_better)
+    marks = rank_marks(scores, metric, lower_is_better=row.lower_is_better)
     for score, value, rank in zip(scores, values, marks, strict=True):
         text = "-" if value is None else row.format.format(value)
         if score is not None and value is not None and score.num_failed:

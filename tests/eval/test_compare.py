@@ -18,7 +18,7 @@ from distill.app.strict import RecipeError
 from distill.core.depth import DepthMap, Kind
 from distill.data.corruptions import Corruptions
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.compare import CARD, Entrant, compare, gather, write_comparison
+from distill.eval.compare import CARD, Entrant, compare, predict_missing, write_comparison
 from distill.eval.reports.compare_page import additions_table, sentences, write_page
 from distill.eval.stored import BadPredictionError
 from distill.teachers import analytic
@@ -79,27 +79,27 @@ def three(tmp_path):
     """Two models that are wrong in one half each, and one that is blurred."""
     made = [entrant("left", left_wrong), entrant("right", right_wrong), entrant("soft", lambda d: blurred(d, 7))]
     for one in made:
-        assert gather(one, samples(), tmp_path) == 4
+        assert predict_missing(one, samples(), tmp_path) == 4
     return tmp_path
 
 
 def test_predictions_are_kept_and_never_mixed(tmp_path):
     calls = []
     first = entrant("m", left_wrong, calls)
-    assert gather(first, samples(2), tmp_path) == 2 and calls == ["s0", "s1"]
+    assert predict_missing(first, samples(2), tmp_path) == 2 and calls == ["s0", "s1"]
     said = json.loads((tmp_path / "m" / CARD).read_text())
     assert said["card"]["licence"] and said["cost"]["images"] == 1 and said["cost"]["images_per_s"] > 0
-    assert gather(first, samples(4), tmp_path) == 2 and calls == ["s0", "s1", "s2", "s3"]
+    assert predict_missing(first, samples(4), tmp_path) == 2 and calls == ["s0", "s1", "s2", "s3"]
     (tmp_path / "m" / "a" / "s2.npy").unlink()
-    assert gather(first, samples(4), tmp_path) == 1 and calls[-1] == "s2"
+    assert predict_missing(first, samples(4), tmp_path) == 1 and calls[-1] == "s2"
     assert json.loads((tmp_path / "m" / CARD).read_text())["cost"]["images"] == 1, "the fuller measurement stays"
 
     def gone():
         raise AssertionError("the model is not needed")
 
-    assert gather(Entrant("m", gone, {"side": 64}), samples(4), tmp_path) == 0
+    assert predict_missing(Entrant("m", gone, {"side": 64}), samples(4), tmp_path) == 0
     with pytest.raises(ValueError, match="predictions made with other settings .side 64, now 32."):
-        gather(Entrant("m", first.load, {"side": 32}), samples(4), tmp_path)
+        predict_missing(Entrant("m", first.load, {"side": 32}), samples(4), tmp_path)
     (tmp_path / "m" / "a" / "s2.npy").unlink()
 
     def other():
@@ -108,7 +108,7 @@ def test_predictions_are_kept_and_never_mixed(tmp_path):
         return model
 
     with pytest.raises(ValueError, match="other weights .revision 7, now 8.; delete"):
-        gather(Entrant("m", other, {"side": 64}), samples(4), tmp_path)
+        predict_missing(Entrant("m", other, {"side": 64}), samples(4), tmp_path)
 
 
 def test_a_model_that_fails_keeps_what_it_did(tmp_path):
@@ -119,9 +119,9 @@ def test_a_model_that_fails_keeps_what_it_did(tmp_path):
 
     calls: list[str] = []
     with pytest.raises(RuntimeError):
-        gather(entrant("m", spoil, calls), samples(), tmp_path)
+        predict_missing(entrant("m", spoil, calls), samples(), tmp_path)
     assert sorted(p.name for p in (tmp_path / "m" / "a").iterdir()) == ["s0.npy", "s1.npy"]
-    assert gather(entrant("m", left_wrong), samples(), tmp_path) == 2
+    assert predict_missing(entrant("m", left_wrong), samples(), tmp_path) == 2
 
 
 def test_numbers_of_known_models(three):
@@ -166,7 +166,7 @@ def test_kinds_that_do_not_convert_are_compared(three):
         model.card = replace(model.card, kind=Kind.AFFINE_DEPTH)
         return model
 
-    gather(Entrant("far", load, {"side": 64}), samples(), three)
+    predict_missing(Entrant("far", load, {"side": 64}), samples(), three)
     result = compare(["far", "left"], samples(), three)
     pairs = {(row["a"], row["b"]): row for row in result.pairs}
     assert pairs["far", "truth"]["error"] < 0.1 and pairs["far", "truth"]["order"] > 0.99
@@ -199,7 +199,7 @@ def test_damaged_or_missing_maps_are_named(three):
         compare(["left", "soft"], samples(), three)
     (three / "soft" / CARD).write_text("{}")
     with pytest.raises(ValueError, match="model.json is not readable"):
-        gather(entrant("soft", left_wrong), samples(5), three)
+        predict_missing(entrant("soft", left_wrong), samples(5), three)
 
 
 RECIPE = """
@@ -286,7 +286,7 @@ def test_the_student_joins_once_it_is_trained(tmp_path):
     chosen, rejected = comparison.chosen_samples(recipe)
     *_, student = comparison.entrants(recipe, chosen)
     assert student.name.startswith("student-") and len(rejected) == 1
-    assert gather(student, chosen, tmp_path / "run" / "compare") == len(chosen)
+    assert predict_missing(student, chosen, tmp_path / "run" / "compare") == len(chosen)
     said = json.loads((tmp_path / "run" / "compare" / student.name / CARD).read_text())
     assert said["cost"]["parameters"] > 1000 and said["card"]["licence"] == "Apache-2.0"
     without = recipes.load(path, ["compare.student=false"])

@@ -11,7 +11,7 @@ import torch
 from distill.core.align import fit_affine
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval import fit
-from distill.eval.fit import measure, way
+from distill.eval.fit import alignment_plan, measure
 from distill.eval.metrics import all_metrics, from_sums
 from distill.eval.protocol import Protocol, ProtocolError
 from distill.eval.score import read_scores, score, table, write_scores
@@ -150,9 +150,9 @@ def test_marigolds_fit_sees_the_columns_that_its_upsampling_takes():
 def test_every_pair_of_kinds_has_one_way_or_a_refusal(kind, against):
     if against.unknown == "affine" and kind.unknown == "affine" and kind.quantity != against.quantity:
         with pytest.raises(KindError, match=f"{kind}.*{against}.*metric"):
-            way(kind, against)
+            alignment_plan(kind, against)
         return
-    path = way(kind, against)
+    path = alignment_plan(kind, against)
     assert path.quantity == ("depth" if against.unknown != "affine" else against.quantity)
     order = ["metric", "scale", "affine"]
     assert path.unknown == max(kind.unknown, against.unknown, key=order.index)
@@ -211,7 +211,7 @@ def test_an_alignment_may_be_chosen_and_never_mixes_with_another(store, tmp_path
     metric = score(store, "metric_depth", samples(), CLEAN, alignment="affine")
     assert metric.metrics == ids["auto"].metrics and metric.protocol == ids["auto"].protocol
     with pytest.raises(KindError, match="median and l1 fit a scale only"):
-        way(Kind.SCALE_DEPTH, Kind.AFFINE_DEPTH, "scale by medians in depth")
+        alignment_plan(Kind.SCALE_DEPTH, Kind.AFFINE_DEPTH, "scale by medians in depth")
 
 
 def test_a_median_that_is_not_positive_is_remarked_on(store):

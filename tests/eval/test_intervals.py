@@ -9,7 +9,7 @@ import torch
 from distill.core.depth import DepthMap, Kind
 from distill.eval.benchmarks import BenchmarkSample, pairs
 from distill.eval.cost import Cost, _reset_peak
-from distill.eval.intervals import apart, interval, places
+from distill.eval.intervals import distinguishable, interval, rank_marks
 from distill.eval.reports.summary import summary, verdict
 from distill.eval.score import score
 from distill.eval.scorefile import ImageScore
@@ -39,12 +39,12 @@ def test_best_only_where_the_images_tell():
     hard = rng.uniform(0.1, 0.5, 40)  # what images have in common does not blur the difference
     good, same, bad = hard, hard + rng.normal(0.001, 0.01, 40), hard + rng.normal(0.02, 0.01, 40)
     scores = [a_model("good", good), a_model("bad", bad)]
-    assert apart(*scores, "abs_rel") and places(scores, "abs_rel", lower_is_better=True) == [1, 0]
-    assert places(scores, "abs_rel", lower_is_better=False) == [0, 1]
+    assert distinguishable(*scores, "abs_rel") and rank_marks(scores, "abs_rel", lower_is_better=True) == [1, 0]
+    assert rank_marks(scores, "abs_rel", lower_is_better=False) == [0, 1]
     shared = [a_model("same", same), *scores, None]
-    assert not apart(shared[0], shared[1], "abs_rel")
-    assert places(shared, "abs_rel", lower_is_better=True) == [2, 2, 0, 0]
-    assert places([a_model("a", [0.1] * 3), a_model("b", [0.2] * 3)], "abs_rel", lower_is_better=True) == [0, 0]
+    assert not distinguishable(shared[0], shared[1], "abs_rel")
+    assert rank_marks(shared, "abs_rel", lower_is_better=True) == [2, 2, 0, 0]
+    assert rank_marks([a_model("a", [0.1] * 3), a_model("b", [0.2] * 3)], "abs_rel", lower_is_better=True) == [0, 0]
 
 
 def test_the_verdict_is_one_sentence_with_cost():
@@ -90,7 +90,7 @@ def test_cost_counts_flops_time_and_memory():
             return DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
 
     cost = Cost()
-    teacher = cost.timed(cost.of(Tiny()))
+    teacher = cost.timed(cost.attach(Tiny()))
     for _ in range(3):
         teacher.predict(torch.zeros(1, 3, 10, 12))
     found = cost.summary(None)

@@ -136,7 +136,11 @@ def test_a_teacher_used_otherwise_does_not_answer(changes, reason):
 
 
 def test_what_a_papers_row_was_run_with():
-    rows = {(n.paper, n.model, n.benchmark): n.asked for n in paper_numbers() if n.weights and n.where != "Table 4"}
+    rows = {
+        (n.paper, n.model, n.benchmark): n.required_settings
+        for n in paper_numbers()
+        if n.weights and n.where != "Table 4"
+    }
     assert rows["FiffDepth", "Marigold", "diode"] == MARIGOLD | {"native_size": 640}
     assert rows["Distill Any Depth", "GenPercept (disparity)", "nyu"]["native_size"] == 0
     assert all(asked["resize"] == "native" and "native_size" in asked for (*_, b), asked in rows.items() if b != "da2k")

@@ -12,7 +12,7 @@ from distill.eval.benchmarks import motorcycle
 from distill.eval.fit import measure
 from distill.eval.metrics import from_sums
 from distill.eval.protocol import RIVAL_MODES, Protocol, ProtocolError
-from distill.eval.rivals import NAMES, RIVALS, under
+from distill.eval.rivals import NAMES, RIVALS, rival_protocol
 
 ETH3D = Protocol(
     benchmark="eth3d",
@@ -26,7 +26,7 @@ ETH3D = Protocol(
 
 
 def abs_rel(pred, truth, name, kind):
-    protocol, choice = under(ETH3D, name, kind)
+    protocol, choice = rival_protocol(ETH3D, name, kind)
     depth = DepthMap(torch.tensor(truth)[None], torch.ones(1, *np.shape(truth), dtype=torch.bool), Kind.METRIC_DEPTH)
     made = measure(np.array(pred, np.float32), depth, kind, protocol.with_kind(kind, choice))
     return float(from_sums(made.sums[None])["abs_rel"]), made
@@ -34,7 +34,9 @@ def abs_rel(pred, truth, name, kind):
 
 def test_every_rival_has_its_name_in_the_protocols():
     assert tuple(RIVALS) == RIVAL_MODES and NAMES[:2] == ("marigold", "clean")
-    ids = {under(ETH3D, name, Kind.AFFINE_DISPARITY)[0].id for name in ("marigold", "zipdepth", "moge_disparity")}
+    ids = {
+        rival_protocol(ETH3D, name, Kind.AFFINE_DISPARITY)[0].id for name in ("marigold", "zipdepth", "moge_disparity")
+    }
     assert len(ids) == 3
 
 
@@ -79,9 +81,9 @@ def test_the_ratio_of_medians_for_ultralytics_and_what_is_not_defined():
     truth, depth = [[1.0, 2.0, 3.0, 200.0]], [[2.0, 4.0, 6.0, 1.0]]
     assert abs_rel(depth, truth, "ultralytics", Kind.SCALE_DEPTH)[0] == pytest.approx(0, abs=1e-6)  # 200 m is too far
     with pytest.raises(KindError, match="ultralytics is not defined for affine_disparity"):
-        under(ETH3D, "ultralytics", Kind.AFFINE_DISPARITY)
+        rival_protocol(ETH3D, "ultralytics", Kind.AFFINE_DISPARITY)
     with pytest.raises(ProtocolError, match="scores depth in metres, which .* does not have"):
-        under(Protocol(benchmark="mattes", task="boundary_recall"), "zipdepth", Kind.AFFINE_DISPARITY)
+        rival_protocol(Protocol(benchmark="mattes", task="boundary_recall"), "zipdepth", Kind.AFFINE_DISPARITY)
 
 
 def test_one_model_under_all_of_them_on_the_command_line(tmp_path, capsys):
