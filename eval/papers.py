@@ -28,8 +28,8 @@ _ROW = ("model", "weights", "note", "dtype", *_RUN_SETTINGS)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperNumber:
     """One number of a paper. value: a share, not per cent. tolerance: how far ours may be from it. weights: the row's
-    released ones, () if there are none. protocol: "marigold", or why none of ours matches. required_settings: those that
-    a teacher must be used with (resize, native_size, steps, ensemble) and dtype. note: how it was run.
+    released ones, () if there are none. protocol: "marigold", or why none of ours matches. required_settings: the
+    teacher's (resize, native_size, steps, ensemble) and dtype. note: how it was run.
     """
 
     paper: str

@@ -140,7 +140,7 @@ def test_sizes_disk_and_licence(check, monkeypatch):
 
 
 def test_what_training_would_refuse_is_said_before_labelling(check, tmp_path):
-    assert "batch_size = 7, and 7 images make at most 6 training samples" in check("train.batch_size=7")["bad"]
+    assert "batch_size = 7, but 7 images make at most 6 training samples" in check("train.batch_size=7")["bad"]
     recipe = metric(tmp_path, student={"canonical_focal": 50.0})
     tables = [replace(recipe.images[0], scenes=1), ImageSettings(pairs=str(write_pairs(tmp_path)))]
     uncounted = replace(survey(recipe, crops=False), scanned=False)
@@ -156,7 +156,7 @@ def test_sources_that_are_not_learnt_from_do_not_count_in_epochs(check, tmp_path
     said = check(more % (0, 1), "train.epochs=8", "train.warmup_steps=1")
     assert "(8 epochs of at most 9 samples, less those held out) at" in said["ok"]
     few = check(more % (1, 0), "train.batch_size=8")["bad"]
-    assert "batch_size = 8, and 7 images whose images.weight is above 0 make at most 7 training samples" in few
+    assert "batch_size = 8, but 7 images whose images.weight is above 0 make at most 7 training samples" in few
     recipe = load(tmp_path / "recipe.toml", [more % (1, 1)])
     shards = image_survey.input_shards(recipe)
     # Of shards that are not scanned the mean of the others is taken.

@@ -52,7 +52,7 @@ def photo() -> bytes:
 
 def test_a_photo_gives_its_files(address):
     page = ask(address).decode()
-    assert "a &lt;model>" in page and "://" not in page.replace("http://www.w3.org", "")
+    assert "a &lt;model&gt;" in page and "://" not in page.replace("http://www.w3.org", "")
     said = json.loads(ask(f"{address}/predict", photo()))
     assert (said["width"], said["height"], said["kind"], said["licence"]) == (30, 20, "affine_disparity", "CC0")
     here = f"{address}/{said['id']}"

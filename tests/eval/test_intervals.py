@@ -143,5 +143,5 @@ def test_what_was_on_the_card_before_is_not_the_models(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(Cost, "_inspect", inspected)
     cost = Cost()
-    cost.watch(object)
+    cost.load_and_measure(object)
     assert cost.summary(None)["memory_bytes"] == 112 + 30

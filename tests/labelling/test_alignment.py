@@ -134,7 +134,7 @@ def test_fits_are_written_down_and_bad_ones_are_counted(tmp_path):
 def test_a_recipe_says_what_lacks():
     teachers = [{"name": "depth_anything_v2"}]
     for table, words in (
-        ({"images": [{"photos": "x"}], "labels": {"align": "truth"}}, r"images\[0\] has no ground truth, which"),
+        ({"images": [{"photos": "x"}], "labels": {"align": "truth"}}, r"images\[0\] has no ground truth, but"),
         ({"labels": {"align": "truth", "bridge": "primary"}}, "remove bridge"),
         ({"labels": {"align_residual": 0.0}}, "align_residual must be in"),
     ):
