@@ -24,7 +24,7 @@ from distill.core.files import files_below
 from distill.core.plugins import find
 from distill.core.progress import Report
 from distill.core.threads import one_thread
-from distill.data.filetypes import counted, sort_of
+from distill.data.filetypes import skip_category, summarize_counts
 from distill.data.maps import SUFFIXES, stored_stems
 from distill.eval.benchmarks import BenchmarkSample, with_listed_images
 from distill.eval.fit import ImageErrors, NoGroundTruthError
@@ -218,7 +218,7 @@ def _places(store: Path, samples: Sequence[BenchmarkSample]) -> dict[str, Path]:
         stems = ", ".join(f"{stem}.npy" for stem in stored_stems(first.photo or first.key))
         all_files = [path.relative_to(store).as_posix() for path in files_below(store)]
         map_files = [name for name in all_files if Path(name).suffix.lower() in SUFFIXES]
-        others = counted(map(sort_of, all_files))
+        others = summarize_counts(map(skip_category, all_files))
         listed = ", ".join(map_files[:3]) + (f" and {len(map_files) - 3} more" if len(map_files) > 3 else "")
         raise FileNotFoundError(
             f"{store} holds none of the {len(samples)} predictions; the first should be {store / first.prediction_path}"

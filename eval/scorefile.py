@@ -122,8 +122,8 @@ def require_writable(path: Path | str) -> None:
             raise OSError(f"{file} is a folder; name a file, such as {file / 'scores.json'}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            files.aside(file).touch()
-            files.aside(file).unlink()
+            files.temporary_name(file).touch()
+            files.temporary_name(file).unlink()
         except OSError as error:
             raise OSError(f"{file}: cannot be written ({error.strerror or error}); name another file") from error
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distill.core.plugins import name_fault, short_name
-from distill.core.settings import above, below, refuse, unknown_words
+from distill.core.settings import above, below, raise_faults, unknown_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class BenchmarkSettings:
             faults.append(fault)
         if "/" in self.alias_or_name or self.alias_or_name in (".", ".."):
             faults.append(f"alias = {self.alias!r} cannot name a folder of predictions: use a word without slashes")
-        refuse(faults)
+        raise_faults(faults)
 
     @property
     def alias_or_name(self) -> str:
@@ -76,4 +76,4 @@ class ScoreSettings:
     """Pictures per benchmark in the report."""
 
     def __post_init__(self) -> None:
-        refuse(below(self, pictures=0) + above(self, pictures=1000))
+        raise_faults(below(self, pictures=0) + above(self, pictures=1000))

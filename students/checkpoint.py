@@ -251,7 +251,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     path = folder / DESCRIPTION
     if not folder.is_dir():
-        old = files.replaced(folder)
+        old = files.backup_name(folder)
         hint = f"; a save was interrupted, {old} is the student before it: rename it back" if old.is_dir() else ""
         raise NotADirectoryError(f"{folder}: a student is a folder with {DESCRIPTION} and {WEIGHTS}{hint}")
     for name in (DESCRIPTION, WEIGHTS):

@@ -20,7 +20,7 @@ from distill.core.optional import optional, require
 from distill.students import Student
 from distill.students.export import TRACED, difference, parity, to_program
 from distill.students.onnx_form import for_browser, with_resize, without_antialias
-from distill.students.onnx_precision import half, quantized
+from distill.students.onnx_precision import to_float16, to_int8
 
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18  # the first whose Resize can antialias, which a learned position table needs
@@ -79,11 +79,9 @@ def write_onnx(
         worst = parity(student, run, named or path, sizes=_sizes(student) if options.browser else None)
         if options.bits != 32:
             model = (
-                half(model, _samples(student))
+                to_float16(model, _samples(student))
                 if options.bits == 16
-                else quantized(
-                    model, [_at_native(student, image) for image in options.crops], matrices=options.matrices
-                )
+                else to_int8(model, [_at_native(student, image) for image in options.crops], matrices=options.matrices)
             )
             onnx.save(model, new)
             # Eight bits are calibrated on photographs, so noise would not be representative.

@@ -29,7 +29,7 @@ BLOCK = 32
 _LARGEST = 65504 / 4  # of float16, with room for images that were not tried
 
 
-def half(model: Any, images: Sequence[Tensor]) -> Any:
+def to_float16(model: Any, images: Sequence[Tensor]) -> Any:
     """Convert a float32 graph to float16 with float32 inputs and outputs; what float16 cannot represent stays float32.
 
     images: (B,3,H,W) each, on which values are measured: nodes that write or read one above a quarter of float16's
@@ -180,7 +180,7 @@ def _magnitudes(model: Any, images: Sequence[Tensor]) -> dict[str, float]:
     return tops
 
 
-def quantized(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -> Any:
+def to_int8(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -> Any:
     """A float32 graph with its convolutions and matrices in INT8 (QDQ: activations uint8, weights int8 per channel).
 
     images: those of the calibration, (1,3,H,W) each. The patch embedding and the last convolution stay float32, because

@@ -10,7 +10,7 @@ import torch
 from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 
-MOST = 16  # cached grids; without a limit, photos of many sizes would fill a GPU's memory
+MAX_CACHED_GRIDS = 16  # cached grids; without a limit, photos of many sizes would fill a GPU's memory
 
 
 class RememberedEmbedding(RotaryEmbeddingDinoV3):
@@ -28,7 +28,7 @@ class RememberedEmbedding(RotaryEmbeddingDinoV3):
         key = (*map(int, shape), *how.items(), periods.device, periods.dtype, version)
         key += (torch.is_inference_mode_enabled(),)
         if key not in cache:
-            if len(cache) >= MOST:
+            if len(cache) >= MAX_CACHED_GRIDS:
                 cache.clear()
             cache[key] = super().get_embed(shape, **how)
         return cache[key]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from distill.core.plugins import name_fault
-from distill.core.settings import above, below, refuse, unknown_words
+from distill.core.settings import above, below, raise_faults, unknown_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class StudentSettings:
     """Write students without their frozen encoder; loading them then needs its file (`weights`)."""
 
     def __post_init__(self) -> None:
-        refuse(unknown_words(self) + self._foreign_settings())
+        raise_faults(unknown_words(self) + self._foreign_settings())
         fault = name_fault("distill.students.decoders", self.decoder)
         if fault:
             raise ValueError(fault)
@@ -83,7 +83,7 @@ class StudentSettings:
             raise ValueError(
                 "encoder_init_from and weights both say what the encoder begins with: leave one of them out"
             )
-        refuse(below(self, native_size=0, max_depth=0, canonical_focal=0) + above(self, native_size=8192))
+        raise_faults(below(self, native_size=0, max_depth=0, canonical_focal=0) + above(self, native_size=8192))
 
     def _foreign_settings(self) -> list[str]:
         """Faults of settings for parts that the network does not have."""

@@ -171,7 +171,7 @@ def _scheduler(name: str, base: Path, *, zero_snr: bool, **more: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class LatentStudentSpec:
     """The configuration of a student; see LatentStudent. head: "vae" or "dpt"."""
 
     teacher: str
@@ -182,7 +182,7 @@ class Asked:
     native_size: int | None = None
 
 
-def begin(weights: str, asked: Asked) -> LatentStudent:
+def build_student(weights: str, asked: LatentStudentSpec) -> LatentStudent:
     """Builds a student from a diffusers folder or hub id: Stable Diffusion's, or that of an earlier latent student.
 
     For Marigold, which denoises a map beside the image, an input layer of 4 channels is widened to 8, with its weights

@@ -40,7 +40,7 @@ def network(path: Path) -> Any:
     from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation
 
     state = read_state(path)
-    net = described(state, path)
+    net = network_sizes(state, path)
     backbone = BeitConfig(
         hidden_size=net["width"],
         num_hidden_layers=net["blocks"],
@@ -59,7 +59,7 @@ def network(path: Path) -> Any:
         neck_hidden_sizes=net["neck"],
         fusion_hidden_size=net["fusion"],
     )
-    tensors = renamed(state)
+    tensors = to_transformers_names(state)
     return load_checked(
         lambda: DPTForDepthEstimation.from_pretrained(None, config=config, state_dict=tensors, **REPORT_MISMATCHES),
         path,
@@ -68,7 +68,7 @@ def network(path: Path) -> Any:
     )
 
 
-def described(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+def network_sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """The network's sizes in a file: width, blocks, heads, mlp, size (pixels), patch, neck (4 widths), fusion.
 
     Raises WeightsMismatchError for another MiDaS network, or an incomplete file.
@@ -97,7 +97,7 @@ def described(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         raise WeightsMismatchError(f"{path} lacks {error.args[0]}: a part of MiDaS v3.1 alone") from error
 
 
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under transformers' names; unknown ones keep their own name."""
     out: dict[str, Tensor] = {}
     for key, tensor in state.items():

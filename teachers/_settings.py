@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from distill.core.plugins import name_fault, short_name
-from distill.core.settings import refuse, unknown_words
+from distill.core.settings import raise_faults, unknown_words
 
 RESIZING = ("resize", "native_size")
 """Options of `load` that set the size at which a network works."""
@@ -36,7 +36,7 @@ class TeacherSettings:
     chosen for crops: the authors' own resizing applies, unless set here."""
 
     def __post_init__(self) -> None:
-        refuse(unknown_words(self))
+        raise_faults(unknown_words(self))
         fault = "" if self.name == "truth" else name_fault("distill.teachers", self.name)
         if fault:
             raise ValueError(fault)

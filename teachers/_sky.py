@@ -27,7 +27,7 @@ from distill.teachers import Card
 
 POLICIES = ("far", "invalid", "zero")
 QUANTILE = 0.99
-FEW = 10
+MIN_SKY_PIXELS = 10
 
 
 def quantile(values: Tensor, place: float) -> Tensor:
@@ -54,7 +54,7 @@ def apply_sky(depth: DepthMap, sky: Tensor, policy: str) -> DepthMap:
     values, valid = depth.values.clone(), depth.valid.clone()
     for i, sky_pixels in enumerate(sky):
         other_values = depth.values[i][depth.valid[i] & ~sky_pixels]
-        if other_values.numel() > FEW and int(sky_pixels.sum()) > FEW:
+        if other_values.numel() > MIN_SKY_PIXELS and int(sky_pixels.sum()) > MIN_SKY_PIXELS:
             values[i][sky_pixels] = quantile(other_values, place)
             valid[i] |= sky_pixels
     return DepthMap(values, valid, depth.kind)

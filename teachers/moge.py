@@ -39,7 +39,7 @@ from distill.teachers._moge_network import Network, view_plane
 
 NATIVE = 840
 """The side of a square of 3600 patches, the maximum of the authors' range and their default."""
-FEW = 64  # rows and columns of the points that the camera is fitted to
+CAMERA_GRID = 64  # rows and columns of the points that the camera is fitted to
 
 
 def _card(weights: str) -> Card:
@@ -178,10 +178,17 @@ def camera(points: Tensor, valid: Tensor, *, focal: float | None = None) -> tupl
     """
     height, width = points.shape[1:3]
     sampled_points = (
-        F.interpolate(points.permute(0, 3, 1, 2), (FEW, FEW), mode="nearest").permute(0, 2, 3, 1).cpu().numpy()
+        F.interpolate(points.permute(0, 3, 1, 2), (CAMERA_GRID, CAMERA_GRID), mode="nearest")
+        .permute(0, 2, 3, 1)
+        .cpu()
+        .numpy()
     )
-    positions = F.interpolate(view_plane(height, width, width / height), (FEW, FEW), mode="nearest")[0].permute(1, 2, 0)
-    sampled_valid = F.interpolate(valid.float()[:, None], (FEW, FEW), mode="nearest")[:, 0].cpu().numpy() > 0
+    positions = F.interpolate(view_plane(height, width, width / height), (CAMERA_GRID, CAMERA_GRID), mode="nearest")[
+        0
+    ].permute(1, 2, 0)
+    sampled_valid = (
+        F.interpolate(valid.float()[:, None], (CAMERA_GRID, CAMERA_GRID), mode="nearest")[:, 0].cpu().numpy() > 0
+    )
     solutions = [
         _solve_camera(image_points[usable], positions.numpy()[usable], focal)
         if usable.sum() > 1

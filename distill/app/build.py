@@ -25,7 +25,7 @@ from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import with_current_keys
 from distill.app.strict import RecipeError
-from distill.app.teaching import check_two, load_teachers
+from distill.app.teaching import check_teacher_count, load_teachers
 from distill.core.depth import Kind
 from distill.core.plugins import file_hashes, find, short_name
 from distill.core.weights import read_state
@@ -84,7 +84,7 @@ def labels_folder(recipe: Recipe) -> Path:
 
     If labels.root is itself a finished labels folder, it is returned, whatever its name.
     """
-    check_two(recipe)
+    check_teacher_count(recipe)
     local_root = "" if recipe.labels.meeting else recipe.labels.root
     root = Path(local_root or recipe.run.folder / "labels")
     if (root / MANIFEST).is_file():
@@ -131,9 +131,9 @@ def _images_of(recipe: Recipe, other: Recipe, folder: Path) -> tuple[Any, Any]:
     return (placeless[0], placeless[1]) if same else (contents[0], contents[1])
 
 
-def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
+def training_labels(recipe: Recipe) -> LabelDataset | OnlineDataset:
     """The labels to train on: the finished folder, or teachers that label on the fly."""
-    check_two(recipe)
+    check_teacher_count(recipe)
     if recipe.labels.online:
         return OnlineDataset(
             input_shards(recipe),
@@ -367,7 +367,7 @@ def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:
     return list(find("distill.eval.benchmarks", "scenes").training_samples(64))
 
 
-def trained(recipe: Recipe, *, on: torch.device) -> Any:
+def trained_student_teacher(recipe: Recipe, *, on: torch.device) -> Any:
     """The recipe's trained student as a teacher, to be scored or compared. Raises what its `load` raises."""
     folder, spec = recipe.run.folder / "train" / "student", recipe.student
     if latent.is_folder(folder):
@@ -377,7 +377,7 @@ def trained(recipe: Recipe, *, on: torch.device) -> Any:
     return CheckpointTeacher.load(str(folder), device=on, encoder_weights=file)
 
 
-def saver(recipe: Recipe) -> Callable[..., object]:
+def student_saver(recipe: Recipe) -> Callable[..., object]:
     """The function that saves the recipe's students: `checkpoint.save` leaves the encoder out if the recipe does."""
     if latent.is_one_step(recipe):
         return latent.saver()

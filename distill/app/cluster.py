@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.app import build
-from distill.app.commands import label_by_parts, meeting_of, tell_labels
+from distill.app.commands import label_by_parts, print_label_outcome, worker_meeting
 from distill.app.console import note, progress, table
 from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse, trusted
@@ -113,7 +113,7 @@ def label_on(recipe: Recipe, address: str, *, look_s: float = LOOK_S) -> LabelOu
     ray.init(address=address or None, ignore_reinit_error=True, log_to_driver=False)
     folder = build.labels_folder(recipe)
     stems = [shard.stem for shard in input_shards(recipe)]
-    meeting = meeting_of(recipe, folder)
+    meeting = worker_meeting(recipe, folder)
     workers = _Workers(recipe)
     with progress("label") as report:
         while True:
@@ -137,7 +137,7 @@ def label_on(recipe: Recipe, address: str, *, look_s: float = LOOK_S) -> LabelOu
         raise workers.failed
     parts, images = sum(workers.console.parts.values()), sum(workers.console.images.values())
     outcome = LabelOutcome(complete=True, parts=parts, skipped=0, images=images, samples=0, quarantined=0, bytes=0)
-    tell_labels(recipe, folder, outcome)
+    print_label_outcome(recipe, folder, outcome)
     return outcome
 
 

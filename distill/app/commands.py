@@ -28,7 +28,7 @@ from distill.app.score_recipe import score_all
 from distill.app.strict import RecipeError
 from distill.core import machine
 from distill.core.depth import Kind
-from distill.data.filetypes import counted
+from distill.data.filetypes import summarize_counts
 from distill.data.sources import InputShard
 from distill.eval import score as scoring
 from distill.labelling import moved
@@ -59,7 +59,7 @@ def commit() -> str:
     return f"{distill.__version__}+{described or 'unknown'}"
 
 
-def meeting_of(recipe: Recipe, folder: Path) -> Meeting:
+def worker_meeting(recipe: Recipe, folder: Path) -> Meeting:
     """Where a recipe's workers coordinate: its labels folder, or the folder of that name at the URL of labels.root."""
     if recipe.labels.meeting:
         return Objects(f"{recipe.labels.meeting.rstrip('/')}/{folder.name}", folder)
@@ -82,7 +82,7 @@ def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOu
     job = _prepare(recipe, folder, worker=worker)
     with progress("label") as report:
         outcome: LabelOutcome = job(report=report)
-    tell_labels(recipe, folder, outcome, send=send)
+    print_label_outcome(recipe, folder, outcome, send=send)
     return outcome
 
 
@@ -100,7 +100,7 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
             "others again: train on it, set labels.cache_gb = 0 to fetch all of them, or delete it"
         )
     if build.process()[0] == 0:
-        trusted_recipes.remember(as_table(recipe))
+        trusted_recipes.record(as_table(recipe))
     images = input_shards(recipe)
     device = build.device(recipe)
     teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)
@@ -110,7 +110,7 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
     size, labeller = recipe.crops.size, cast(Callable[..., Any], label)
     measure = partial(tune, folder, teachers, recipe.labels, size=size, device=device, references=references)
     if worker or build.process()[1] > 1 or recipe.labels.meeting:
-        meeting = meeting_of(recipe, folder)
+        meeting = worker_meeting(recipe, folder)
         labels, measured = in_turn(meeting, folder / TUNED, measure)
         labeller = partial(work_by_parts if steps else work, meeting=meeting)
     else:
@@ -145,7 +145,7 @@ def _note_moved_labels(recipe: Recipe, folder: Path, images: list[InputShard], t
         )
 
 
-def tell_labels(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bool = True) -> None:
+def print_label_outcome(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bool = True) -> None:
     """Prints the outcome of labelling; send: upload to the mirror too, if the recipe names one."""
     if recipe.labels.meeting or not outcome.last:
         place = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
@@ -165,7 +165,7 @@ def tell_labels(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bo
         for line in manifest["quarantine"][:20]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
         if manifest.get("passed"):
-            note(f"  ignored: {counted(manifest['passed'])}")
+            note(f"  ignored: {summarize_counts(manifest['passed'])}")
         if not count:
             raise ValueError(
                 f"{folder}: nothing was labelled because no image was usable; fix the quarantined ones above"
@@ -183,7 +183,7 @@ def run_train(recipe: Recipe) -> TrainResult:
 
 
 def _train(recipe: Recipe) -> TrainResult:
-    dataset = build.labelled(recipe)
+    dataset = build.training_labels(recipe)
     if isinstance(cache := getattr(dataset, "cache", None), TarCache):
         note(cache.traffic.sentence)
     student = build.make_student(recipe)
@@ -202,7 +202,7 @@ def _train(recipe: Recipe) -> TrainResult:
             reference=feature_reference(recipe, student),
             card=student_card(recipe, dataset),
             identity=build.identity(recipe),
-            save=build.saver(recipe),
+            save=build.student_saver(recipe),
             report=report,
             tell=note,
             device=build.device(recipe),

@@ -227,7 +227,9 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
     if recipe.compare.student and folder.is_dir():
         revision = revision_of(folder)
         name = f"student-{revision.rpartition(':')[2][:6]}"
-        models.append(Entrant(name, partial(build.trained, recipe, on=on), {"revision": revision, **shared}))
+        models.append(
+            Entrant(name, partial(build.trained_student_teacher, recipe, on=on), {"revision": revision, **shared})
+        )
     if not models:
         raise RecipeError("there is nothing to compare: add [[teachers]], or train the student first")
     return models

@@ -1,7 +1,7 @@
 """The quality gate of an export: its delta1 on a benchmark, or on a labels folder, against the float32 student's.
 
 Scores are those of `distill score` (eval.fit.measure), the mean over images; an export is refused if it loses more than
-MAY_DROP, a tenth of a point: less than the difference between seeds, more than that of rounding.
+MAX_DELTA1_DROP, a tenth of a point: less than the difference between seeds, more than that of rounding.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from distill.eval.metrics import from_sums
 from distill.eval.protocol import Protocol
 from distill.shards.shards import MANIFEST, LabelDataset
 
-MAY_DROP = 0.001
+MAX_DELTA1_DROP = 0.001
 """The accepted loss of delta1, which is at most 1: a tenth of a point."""
 
-MOST = 64
+MAX_IMAGES = 64
 """Maximum number of images taken from a labels folder, evenly spread over it."""
 
 
@@ -57,10 +57,10 @@ class Gate:
         samples, protocol = self.samples()
         before_score, after_score = (delta1(run, samples, protocol, kind) for run in (before, after))
         line = f"delta1 {after_score:.4f}, float32 {before_score:.4f} ({self.benchmark}, {len(samples)} images)"
-        if not after_score >= before_score - MAY_DROP and not self.allow_drop:
+        if not after_score >= before_score - MAX_DELTA1_DROP and not self.allow_drop:
             drop = 100 * (before_score - after_score)
             raise QualityError(
-                f"{out}: not written: {line} is a loss of {drop:.2f} points, more than {100 * MAY_DROP}; "
+                f"{out}: not written: {line} is a loss of {drop:.2f} points, more than {100 * MAX_DELTA1_DROP}; "
                 "use another precision, more calibration images, or --allow-drop"
             )
         return line
@@ -108,4 +108,8 @@ def _of_labels(folder: Path) -> list[BenchmarkSample]:
 
 
 def _spread(count: int) -> list[int]:
-    return [round(i * (count - 1) / max(MOST - 1, 1)) for i in range(MOST)] if count > MOST else list(range(count))
+    return (
+        [round(i * (count - 1) / max(MAX_IMAGES - 1, 1)) for i in range(MAX_IMAGES)]
+        if count > MAX_IMAGES
+        else list(range(count))
+    )

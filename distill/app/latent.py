@@ -39,7 +39,7 @@ def is_one_step(recipe: Recipe) -> bool:
 def make(recipe: Recipe, seed: int) -> LatentStudent:
     """The network to train, from student.weights; a DPT head that the base lacks is initialized from the seed."""
     spec = recipe.latent
-    request = _latent_student.Asked(
+    request = _latent_student.LatentStudentSpec(
         teacher=spec.teacher,
         kind=Kind(recipe.train.kind),
         timestep=1 if spec.teacher == "genpercept" and spec.random_timestep else spec.timestep,
@@ -49,13 +49,13 @@ def make(recipe: Recipe, seed: int) -> LatentStudent:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = _latent_student.begin(recipe.student.weights, request)
+        student = _latent_student.build_student(recipe.student.weights, request)
     if recipe.crops.size % student.factor:
         raise RecipeError(f"crops.size = {recipe.crops.size} is not a multiple of {student.factor}, the VAE's factor")
     return student
 
 
-def another_prediction(recipe: Recipe, student: LatentStudent) -> str:
+def mismatched_prediction_type(recipe: Recipe, student: LatentStudent) -> str:
     """What the base's scheduler says its UNet predicts, if [latent] needs a velocity and the UNet was not trained for
     one (Stable Diffusion 1.5 and 2-base predict the noise); "" if there is no conflict, or the base does not say.
     """
@@ -97,7 +97,7 @@ def load_teacher(folder: Path, **options: Any) -> Any:
     return find("distill.teachers", str(description.get("teacher"))).Teacher.load(str(folder), **options)
 
 
-def beginning(weights: str) -> dict[str, Any]:
+def base_licence(weights: str) -> dict[str, Any]:
     """The base's licence for the card: from its own card if it was trained here, else by its hub id."""
     card = read_config(Path(weights).expanduser() / TRAINED).get("card") or {}
     if card:

@@ -81,7 +81,9 @@ class StepCost:
         return fixed, images * (per_image + self.unet.inside)
 
 
-def about(recipe: Recipe, student: LatentStudent, seconds: float, where: str, samples: int) -> Iterator[Finding]:
+def cost_findings(
+    recipe: Recipe, student: LatentStudent, seconds: float, where: str, samples: int
+) -> Iterator[Finding]:
     """The findings for the recipe's own network, and for Stable Diffusion's two at two sizes.
 
     seconds: of one step, encoding included. samples: how many there are to learn from.

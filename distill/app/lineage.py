@@ -66,7 +66,7 @@ def _initial_weights(recipe: Recipe) -> dict[str, dict[str, Any]]:
             licence = card.get("licence", "unknown")
             origins[part] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
     if spec.network == "one_step_unet":
-        origins["start"] = latent.beginning(spec.weights)
+        origins["start"] = latent.base_licence(spec.weights)
     elif spec.weights == "pretrained":
         licence = licence_of(spec.encoder)
         origins["encoder"] = {"weights": f"timm's {spec.encoder}", "licence": licence, "commercial": licence in _FREE}

@@ -21,7 +21,7 @@ import torch
 from distill.app import build, latent, latent_costs, scaling, teaching, weights
 from distill.app.image_survey import Images, survey
 from distill.app.recipe import Recipe
-from distill.app.sample_checks import about_samples
+from distill.app.sample_checks import sample_findings
 from distill.core import machine
 from distill.core.findings import Finding
 from distill.eval.completeness import check_benchmark
@@ -53,7 +53,7 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
     no images either.
     """
     findings: list[Finding] = []
-    if (weight_findings := _try(findings, "weights", lambda: weights.look_at(recipe))) is not None:
+    if (weight_findings := _try(findings, "weights", lambda: weights.weight_findings(recipe))) is not None:
         findings += weight_findings
     missing = {finding.subject for finding in findings if finding.level != "ok"}
     device = _try(findings, "device", lambda: build.device(recipe))
@@ -144,7 +144,7 @@ def _about_images(recipe: Recipe, images: Images, *, crops: bool) -> Iterator[Fi
     if recipe.labels.licence == "unknown":
         yield Finding("warn", "labels.licence is unknown", "set it: it goes into the manifest and the student's card")
     if crops:
-        yield from about_samples(recipe, images)
+        yield from sample_findings(recipe, images)
 
 
 def _about_teachers(recipe: Recipe, teachers: Any) -> Iterator[Finding]:
@@ -213,9 +213,9 @@ def _about_batches(recipe: Recipe) -> Iterator[Finding]:
 def _about_machine(recipe: Recipe) -> Iterator[Finding]:
     free, limit = machine.shared_memory(), machine.open_files()
     if recipe.train.workers and free is not None:
-        line = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED}"
+        line = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED_MEMORY_DIR}"
         remedy = "fewer processes will read, and less ahead; give the container more: docker run --shm-size=8g"
-        yield Finding("warn", line, remedy) if free < machine.LITTLE else Finding("ok", line)
+        yield Finding("warn", line, remedy) if free < machine.LOW_MEMORY else Finding("ok", line)
     if limit is not None and 0 <= limit < 1024:
         yield Finding("warn", f"a process may open only {limit} files", "raise it: ulimit -n 4096")
 
@@ -345,14 +345,16 @@ def _about_training(
     needed = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
     yield _disk("checkpoints", recipe.run.folder, needed, f"{train.keep_last} kept, the best one and one being written")
     if isinstance(student, LatentStudent):
-        if kind := latent.another_prediction(recipe, student):
+        if kind := latent.mismatched_prediction_type(recipe, student):
             yield Finding(
                 "warn",
                 f"student.weights: its scheduler says that the network predicts {kind}, but it is trained to predict "
                 "velocity, which it must learn from scratch: there is no trajectory to keep",
                 "use a base that predicts it (Stable Diffusion 2 or 2.1 of 768 pixels), or set latent.trajectory = 0",
             )
-        yield from latent_costs.about(replace(recipe, train=train), student, seconds, device.type.upper(), samples)
+        yield from latent_costs.cost_findings(
+            replace(recipe, train=train), student, seconds, device.type.upper(), samples
+        )
 
 
 def _time(what: str, seconds: float, device: torch.device, most: int, remedy: str) -> Finding:

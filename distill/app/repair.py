@@ -82,7 +82,7 @@ def repair(
         if not problems and not list(folder.glob(f"*{BAD}")):
             return list(dict.fromkeys(remade))
         chosen = recipe or recipe_of(folder)
-        if recipe is None and not trusted and not trusted_recipes.known(as_table(chosen)):
+        if recipe is None and not trusted and not trusted_recipes.was_run_here(as_table(chosen)):
             note(dumps(chosen))
             raise ValueError(
                 f"{folder / MANIFEST}: the recipe in it (above) was never run here, and repairing would run it: give "

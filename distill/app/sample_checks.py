@@ -14,7 +14,7 @@ TRIED = 5
 """Images of a source that are tried until one can be read."""
 
 
-def about_samples(recipe: Recipe, images: Images) -> Iterator[Finding]:
+def sample_findings(recipe: Recipe, images: Images) -> Iterator[Finding]:
     """images: what the sources hold; their number is checked only if every source was scanned completely."""
     train, per_image = recipe.train, recipe.crops.crops_per_image
     if images.scanned:

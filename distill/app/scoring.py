@@ -60,7 +60,7 @@ class Models:
 
     def _student(self) -> Any:
         if "student" not in self._loaded:
-            self._loaded["student"] = ({}, build.trained(self.recipe, on=self.on))
+            self._loaded["student"] = ({}, build.trained_student_teacher(self.recipe, on=self.on))
         return self._loaded["student"][1]
 
     def _teacher(self, spec: TeacherSettings, benchmark: BenchmarkSettings) -> Any:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.core.settings import above, below, refuse
+from distill.core.settings import above, below, raise_faults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class RunSettings:
             )
         if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", self.device):
             faults.append(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, not {self.device!r}")
-        refuse(faults)
+        raise_faults(faults)
 
     @property
     def folder(self) -> Path:
@@ -55,4 +55,4 @@ class CompareSettings:
     warm-up; 0 = off. `--size` sets it."""
 
     def __post_init__(self) -> None:
-        refuse(below(self, limit=0, side=32, time_at=0) + above(self, side=65536, time_at=8192))
+        raise_faults(below(self, limit=0, side=32, time_at=0) + above(self, side=65536, time_at=8192))

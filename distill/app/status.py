@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.app import build
-from distill.app.commands import meeting_of
+from distill.app.commands import worker_meeting
 from distill.app.console import note, say, table
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
@@ -25,7 +25,7 @@ def show(recipe: Recipe) -> int:
         say(f"{folder}: not started; distill label writes it")
         return 1
     folder.mkdir(parents=True, exist_ok=True)
-    status = run_status(meeting_of(recipe, folder), folder, stems)
+    status = run_status(worker_meeting(recipe, folder), folder, stems)
     address = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else str(folder)
     say(f"{address}: {sentence(status)}")
     order = ("running", "waiting", "lost", "gone", "ended")

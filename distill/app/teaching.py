@@ -40,7 +40,7 @@ def check_teachers(recipe: Recipe) -> None:
         raise RecipeError("\n".join(faults))
 
 
-def check_two(recipe: Recipe) -> None:
+def check_teacher_count(recipe: Recipe) -> None:
     """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number.
 
     Ground truth is not a teacher and does not count; corrupted ground truth stands for a teacher and counts.

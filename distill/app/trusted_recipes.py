@@ -23,7 +23,7 @@ def _hash(recipe: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def known(recipe: Mapping[str, Any]) -> bool:
+def was_run_here(recipe: Mapping[str, Any]) -> bool:
     """Whether this resolved recipe, as a plain table, has been run here."""
     try:
         return _hash(recipe) in _file().read_text(encoding="ascii").split()
@@ -31,9 +31,9 @@ def known(recipe: Mapping[str, Any]) -> bool:
         return False
 
 
-def remember(recipe: Mapping[str, Any]) -> None:
+def record(recipe: Mapping[str, Any]) -> None:
     """Records that this resolved recipe is run here; if that cannot be written, it will not be known later."""
-    if not known(recipe):
+    if not was_run_here(recipe):
         with contextlib.suppress(OSError):
             _file().parent.mkdir(parents=True, exist_ok=True)
             with _file().open("a", encoding="ascii") as file:

@@ -15,7 +15,7 @@ from distill.teachers import WEIGHT_SUFFIXES, WeightsMissingError, _latent_stude
 _STUDENT_FILES = (checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD)
 
 
-def needed(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
+def needed_weights(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
     """(purpose, weights, file patterns) of everything read, except timm's own downloads ("pretrained")."""
     for spec in recipe.teachers:
         if spec.name == TRUTH:
@@ -42,10 +42,12 @@ def needed(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
         yield "loss.feature_reference", reference, ()
 
 
-def look_at(recipe: Recipe) -> list[Finding]:
+def weight_findings(recipe: Recipe) -> list[Finding]:
     """A finding for each, in the recipe's order: ok if it is here, warn if it is to be fetched, bad if unavailable."""
     findings: list[Finding] = []
-    for purpose, text, files in dict.fromkeys((purpose, text, tuple(files)) for purpose, text, files in needed(recipe)):
+    for purpose, text, files in dict.fromkeys(
+        (purpose, text, tuple(files)) for purpose, text, files in needed_weights(recipe)
+    ):
         try:
             missing = to_download(text, files=files)
         except WeightsMissingError as error:

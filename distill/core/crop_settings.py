@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from distill.core.settings import above, below, refuse, unknown_words
+from distill.core.settings import above, below, raise_faults, unknown_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class CropSettings:
             faults.append(
                 f"redraw = true draws a region at every visit: leave out crops_per_image = {self.crops_per_image}"
             )
-        refuse(faults)
+        raise_faults(faults)
 
     @property
     def content(self) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def write_error(path: Path, error: OSError) -> OSError:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def raising_write_errors(path: Path) -> Iterator[None]:
     """Convert every OSError of the block to a WriteError of `path`."""
     try:
         yield
@@ -116,12 +116,12 @@ def inside(root: Path | str, name: str) -> Path:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def aside(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """Return the temporary name that `path` has while it is written."""
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
-def meant(name: str) -> str:
+def final_name(name: str) -> str:
     """Return the final name of a file called `name`: its own, unless that is a writer's temporary name."""
     match = re.fullmatch(rf"\.(.+){re.escape(PARTIAL)}(\.\w+)?|\.new\.(.+)", name)
     return name if match is None else match[1] or match[3]
@@ -129,7 +129,7 @@ def meant(name: str) -> str:
 
 def leftovers(path: Path) -> tuple[Path, ...]:
     """Return every temporary name that a killed writer of `path`, of any version, may have left."""
-    return (aside(path), *(path.with_name(f"{before}{path.name}{after}") for before, after in _EARLIER))
+    return (temporary_name(path), *(path.with_name(f"{before}{path.name}{after}") for before, after in _EARLIER))
 
 
 def sync(path: Path) -> None:
@@ -162,9 +162,9 @@ def writing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[P
     of the same file, which must not share a temporary file. durable: False for one of many files that the caller
     syncs to the disk together (`sync_tree`). A block that wrote nothing leaves `path` unchanged. Raises WriteError.
     """
-    new = aside(path).with_name(aside(path).name + suffix)
+    new = temporary_name(path).with_name(temporary_name(path).name + suffix)
     try:
-        with naming(path):
+        with raising_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield new
             if new.is_file():
@@ -205,7 +205,7 @@ def write_json(
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
-def replaced(path: Path) -> Path:
+def backup_name(path: Path) -> Path:
     """Return the temporary name of a folder that is being replaced."""
     return path.with_name(f".{path.name}{OLD}")
 
@@ -215,7 +215,7 @@ def clean(path: Path) -> None:
 
     Replacing a folder takes two renames, and a kill between them leaves the old folder only under its temporary name.
     """
-    old = replaced(path)
+    old = backup_name(path)
     if old.is_dir() and not path.exists():
         old.rename(path)
     for leftover in (old, *leftovers(path)):
@@ -229,7 +229,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
 
     Leftovers of killed writers of `path` are removed first (`clean`). Raises WriteError.
     """
-    new = aside(path)
+    new = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clean(path)
@@ -237,7 +237,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
         yield new
         sync_tree(new)
         if path.exists():
-            path.rename(replaced(path))
+            path.rename(backup_name(path))
         new.rename(path)
         sync(path.parent)
     except BaseException as error:
@@ -245,7 +245,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.errno is not None:  # otherwise it is the block's own message
             raise write_error(path, error) from error
         raise
-    shutil.rmtree(replaced(path), ignore_errors=True)
+    shutil.rmtree(backup_name(path), ignore_errors=True)
 
 
 # --- locks ------------------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-SHARED = Path("/dev/shm")  # through which workers hand over batches; 64 MB in a container by default
-LITTLE = 1 << 30
+SHARED_MEMORY_DIR = Path("/dev/shm")  # through which workers hand over batches; 64 MB in a container by default
+LOW_MEMORY = 1 << 30
 """Bytes of shared memory below which larger runs prefetch less."""
-PLENTY = 16 << 30
+AMPLE_MEMORY = 16 << 30
 """Bytes of shared memory above which the size of a batch does not matter."""
 ENOUGH_FILES = 4096
 _OWN_FILES = 128  # files that a worker opens itself: tars, pipes, libraries
@@ -20,7 +20,7 @@ _OWN_FILES = 128  # files that a worker opens itself: tars, pipes, libraries
 def shared_memory() -> int | None:
     """Free bytes of shared memory; None where the system has none."""
     try:
-        return shutil.disk_usage(SHARED).free
+        return shutil.disk_usage(SHARED_MEMORY_DIR).free
     except OSError:
         return None
 
@@ -61,7 +61,7 @@ def allow_open_files() -> None:
 def is_plentiful() -> bool:
     """Whether prefetching cannot exhaust shared memory or open files, whatever the size of the batches."""
     memory, files = shared_memory(), open_files()
-    return (memory is None or memory >= PLENTY) and (files is None or files >= ENOUGH_FILES)
+    return (memory is None or memory >= AMPLE_MEMORY) and (files is None or files >= ENOUGH_FILES)
 
 
 def readers(workers: int, ahead: int, *, size: int, tensors: int) -> tuple[int, int, str]:
@@ -80,7 +80,11 @@ def readers(workers: int, ahead: int, *, size: int, tensors: int) -> tuple[int, 
     if fits >= workers * ahead:
         return workers, ahead, ""
     max_workers, max_ahead = (workers, fits // workers) if fits >= workers else (max(0, fits), 1)
-    free = f"{SHARED} has {(memory or 0) / 1e6:.0f} MB free" if scarce == "memory" else f"{files} files may be open"
+    free = (
+        f"{SHARED_MEMORY_DIR} has {(memory or 0) / 1e6:.0f} MB free"
+        if scarce == "memory"
+        else f"{files} files may be open"
+    )
     tip = "docker run --shm-size=8g" if scarce == "memory" else "ulimit -n 4096"
     note = (
         f"{max_workers} of {workers} processes read, {max_ahead} ahead"

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any, Literal
 
 
-def refuse(faults: Sequence[str]) -> None:
+def raise_faults(faults: Sequence[str]) -> None:
     """Raise ValueError that lists every fault, if there are any."""
     if faults:
         raise ValueError("; ".join(faults))

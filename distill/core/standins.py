@@ -55,7 +55,7 @@ def fault_of_start(path: Path) -> str:
     return "is an ONNX network, not weights" if start[:1] == b"\x08" and b"pytorch" in start[:32] else ""
 
 
-def longer_than_told(path: Path) -> str:
+def fault_of_extra_bytes(path: Path) -> str:
     """Return the fault of a .safetensors with bytes after its tensors; its reader's error is that of a short file."""
     try:
         with path.open("rb") as stream:
@@ -74,7 +74,7 @@ def longer_than_told(path: Path) -> str:
     )
 
 
-def way_out_of(folder: Path) -> str:
+def remedy_for_shards(folder: Path) -> str:
     """Return how to turn the shards that trainers leave in a folder into weights, or ""."""
     names = [path.name for depth in ("*", "*/*") for path in folder.glob(depth)]
     if any(name.endswith("_optim_states.pt") or name == "zero_to_fp32.py" for name in names):

@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from distill.core.standins import ZERO, fault_of_start, fault_of_tensors, fault_of_zip, longer_than_told, way_out_of
+from distill.core.standins import (
+    ZERO,
+    fault_of_extra_bytes,
+    fault_of_start,
+    fault_of_tensors,
+    fault_of_zip,
+    remedy_for_shards,
+)
 
 # This module is also imported to read teachers' names, without waiting for torch.
 if TYPE_CHECKING:
@@ -59,7 +66,7 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
         raise WeightsMissingError(
             f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
             + _below(path)
-            + way_out_of(path)
+            + remedy_for_shards(path)
         )
     if len(matching) > 1:
         if all(_SHARD.search(file.name) for file in matching):
@@ -193,7 +200,7 @@ def _read(path: Path) -> Any:
             content = f"a pickled {global_name[1]}" if global_name else "more than tensors in it"
             content = "another protocol of pickle than torch.save's own" if "operand" in str(error) else content
             reason = f"{content}, or not a torch file; save its state_dict() alone"
-        if excess := longer_than_told(path):
+        if excess := fault_of_extra_bytes(path):
             raise WeightsMismatchError(f"{path} {excess}") from error
         if any(words in reason for words in _CUT):
             raise WeightsMismatchError(f"{path} is cut short: download or copy it again") from error

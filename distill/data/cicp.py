@@ -18,7 +18,7 @@ import numpy as np
 from distill.data import hdr
 
 
-def bright(data: bytes, kind: str) -> np.ndarray | None:
+def decode_hdr(data: bytes, kind: str) -> np.ndarray | None:
     """(H,W,3) uint8 sRGB, before rotation, of a PNG or AVIF with a PQ or HLG transfer; None for any other.
 
     kind: "PNG" or "AVIF". Raises RuntimeError or ValueError for pixels that cannot be decoded.

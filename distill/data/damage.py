@@ -325,7 +325,7 @@ def odd_jpeg(data: bytes) -> str:
     return ""
 
 
-def without_bulk(data: bytes) -> tuple[bytes, bytes | None]:
+def without_oversized_metadata(data: bytes) -> tuple[bytes, bytes | None]:
     """(PNG without the metadata for which Pillow would refuse it, removed ICC profile).
 
     Removed are oversized text and profiles, and ancillary chunks with a wrong checksum. Anything else, and a PNG

@@ -62,7 +62,7 @@ def is_litter(name: str) -> bool:
 
 def is_photo(name: str) -> bool:
     """Whether a search reads a file of this name as a photo."""
-    return PurePosixPath(name).suffix.lower() in PHOTOS and not is_litter(name) and not field(name)
+    return PurePosixPath(name).suffix.lower() in PHOTOS and not is_litter(name) and not field_suffix(name)
 
 
 def is_film(name: str) -> bool:
@@ -76,27 +76,27 @@ _FIELDS = re.compile(
 )
 
 
-def field(name: str) -> str:
+def field_suffix(name: str) -> str:
     """The ending, such as `.depth.png`, of a file that is another field of a sample than its photo; else ""."""
     match = _FIELDS.search(PurePosixPath(name).name)
     return match[0].lower() if match else ""
 
 
-def sort_of(name: str) -> str:
+def skip_category(name: str) -> str:
     """The category under which a skipped file is counted: its field's ending, its suffix, or system metadata."""
     if is_litter(name):
         return "of the system (._*, .DS_Store, Thumbs.db)"
-    return field(name) or PurePosixPath(name).suffix.lower()[:12] or "without a suffix"
+    return field_suffix(name) or PurePosixPath(name).suffix.lower()[:12] or "without a suffix"
 
 
-def counted(sorts: Mapping[str, int] | Iterable[str]) -> str:
+def summarize_counts(sorts: Mapping[str, int] | Iterable[str]) -> str:
     """A summary of categories such as `3 .txt, 2 .json`, the most frequent first; "" for none."""
     counts = Counter(sorts).most_common()
     others = sum(number for _, number in counts[6:])
     return ", ".join([f"{number} {sort}" for sort, number in counts[:6]] + ([f"{others} others"] if others else []))
 
 
-def way_out(kind: str) -> str:
+def advice_for_kind(kind: str) -> str:
     """What to do about a file of an unsupported kind (of `signatures.sniff`); "" where the kind itself says it."""
     if kind.startswith("a video"):
         return ": give it a video's suffix (.mp4, .mkv, .avi), or extract frames from it"

@@ -45,7 +45,7 @@ from distill.core import signatures
 from distill.core.depth import DepthMap, Kind
 from distill.core.files import decoded
 from distill.data import cells, maps
-from distill.data.photos import BadImageError, decode, turn, upright
+from distill.data.photos import BadImageError, decode, turn, upright_size
 
 _BACKGROUND = 9.9e9
 """Values from here on are a renderer's background: Blender writes 1e10, others the largest float."""
@@ -115,7 +115,7 @@ class Pair:
     def _upright(self, raw: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """The map in the orientation of the upright photograph, and the photograph's (H,W)."""
         try:
-            height, width, orientation = upright(self.rgb_path.read_bytes())
+            height, width, orientation = upright_size(self.rgb_path.read_bytes())
         except (OSError, BadImageError) as error:
             raise OSError(f"{self.rgb_path}: not a readable image ({error}); fix the file or remove its row") from error
         if _fits(raw.shape, (height, width)):

@@ -103,7 +103,7 @@ def with_hash(key: str, name: str) -> str:
     return f"{key}-{hashlib.blake2b(name.encode(errors='surrogatepass'), digest_size=5).hexdigest()}"
 
 
-def named(given: Sequence[tuple[Path, str, Path]]) -> dict[str, Path]:
+def unique_names(given: Sequence[tuple[Path, str, Path]]) -> dict[str, Path]:
     """Unique names for files (folder, name in it, file): folder/name, preceded by as many parent folders as needed.
 
     a/images/1.jpg and b/images/1.jpg are two photographs; a file that two patterns match is one.
@@ -171,7 +171,7 @@ def decode(data: bytes) -> Tensor:
     with _opened(data) as (image, profile, deep):
         if isinstance(image, TiffImageFile) and _misread(image):
             return torch.from_numpy(_by_opencv(image, data)).permute(2, 0, 1)
-        tone_mapped = cicp.bright(data, str(image.format)) if image.format in ("PNG", "AVIF") else None
+        tone_mapped = cicp.decode_hdr(data, str(image.format)) if image.format in ("PNG", "AVIF") else None
         if tone_mapped is not None and tone_mapped.shape[:2] == (image.height, image.width):
             return torch.from_numpy(np.ascontiguousarray(turn(tone_mapped, _orientation(image)))).permute(2, 0, 1)
         image.load()
@@ -185,7 +185,7 @@ def decode(data: bytes) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
 
 
-def upright(data: bytes) -> tuple[int, int, int]:
+def upright_size(data: bytes) -> tuple[int, int, int]:
     """(H, W, EXIF orientation 1 to 8) of the photo that `decode` returns, from the header where possible."""
     with _opened(data) as (image, _, _):
         if image.format == "TIFF":
@@ -206,7 +206,7 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, 
     Whatever Pillow raises inside the context becomes a BadImageError.
     """
     kind = _photo_kind(data)
-    data, profile = damage.without_bulk(data) if kind == "PNG" else (data, None)
+    data, profile = damage.without_oversized_metadata(data) if kind == "PNG" else (data, None)
     limit = max_pixels()
     if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < limit:
         Image.MAX_IMAGE_PIXELS = limit  # else Pillow would warn before our check
@@ -267,7 +267,7 @@ def _photo_kind(data: bytes) -> str:
     if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):
         raise BadImageError(filetypes.RAW)
     if kind and kind not in _SUPPORTED:
-        raise BadImageError(f"not a photo that can be read: it is {kind}{filetypes.way_out(kind)}")
+        raise BadImageError(f"not a photo that can be read: it is {kind}{filetypes.advice_for_kind(kind)}")
     if reason := damage.unfinished(data, kind) or (damage.png_damage(data) if kind == "PNG" else ""):
         raise BadImageError(reason)
     return kind

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from distill.core.plugins import name_fault
-from distill.core.settings import above, below, refuse
+from distill.core.settings import above, below, raise_faults
 
 SOURCES = ("tars", "photos", "pairs", "dataset", "scenes", "bundled_photos")
 
@@ -69,10 +69,10 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if sum(bool(getattr(self, source)) for source in SOURCES) != 1:
             raise ValueError(f"needs exactly one of {', '.join(SOURCES)}")
-        refuse(["variety needs scenes"] if self.variety and not self.scenes else [])
-        refuse(["names needs pairs or a dataset"] if self.names and not (self.pairs or self.dataset) else [])
-        refuse(self._dataset_faults())
-        refuse(below(self, scenes=0, limit=0, size=1, weight=0, far=0) + above(self, scenes=1_000_000, size=8192))
+        raise_faults(["variety needs scenes"] if self.variety and not self.scenes else [])
+        raise_faults(["names needs pairs or a dataset"] if self.names and not (self.pairs or self.dataset) else [])
+        raise_faults(self._dataset_faults())
+        raise_faults(below(self, scenes=0, limit=0, size=1, weight=0, far=0) + above(self, scenes=1_000_000, size=8192))
 
     def _dataset_faults(self) -> list[str]:
         if not self.dataset:

@@ -143,7 +143,7 @@ def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]
 def _tar_advice(folder: Path) -> str:
     """What a folder without tars holds, and what to do about it."""
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
-    content = f", but {filetypes.counted(map(filetypes.sort_of, names))}" if names else ""
+    content = f", but {filetypes.summarize_counts(map(filetypes.skip_category, names))}" if names else ""
     if tar_like := next((name for name in names if ".tar" in name.lower()), ""):
         return f"{content}: unpack {tar_like}, join its parts into a .tar, or rename it to end in .tar"
     return f"{content}; for photographs in a folder use `photos`"
@@ -188,8 +188,8 @@ def _scan_tar(path: Path | str) -> Scan:
             if not problem and member.isdir():
                 continue
             ours = filetypes.is_photo(member.name) or filetypes.refusal(member.name) or not pure.name
-            if not problem and (filetypes.field(member.name) or not ours):
-                passed[filetypes.sort_of(member.name)] += 1
+            if not problem and (filetypes.field_suffix(member.name) or not ours):
+                passed[filetypes.skip_category(member.name)] += 1
                 continue
             name, origin = str(pure), f"{tar}:{printable(member.name.removeprefix('./'))}"
             key = safe_key(str(pure.with_suffix("")) if pure.name else name)
@@ -207,7 +207,7 @@ def _scan_tar(path: Path | str) -> Scan:
             raise OSError(f"{path} cannot be read: {error}; run again when it is reachable") from error
         rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
     if not members and not rejected:
-        content = f", but {filetypes.counted(passed)}" if passed else ""
+        content = f", but {filetypes.summarize_counts(passed)}" if passed else ""
         rejected.append(Rejected(tar, "", f"the tar holds no images{content}"))
     entries = [tar_entry(path, key, origin, tuple(copies)) for key, origin, copies in members.values()]
     return Scan(tuple(entries), tuple(rejected), tuple(sorted(passed.items())))
@@ -275,15 +275,15 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
             inside = file.relative_to(path).as_posix()
             name, refused = f"{path.name}/{printable(inside)}", filetypes.refusal(inside)
             skipped = not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused)
-            if filetypes.field(inside) or skipped:
-                passed[filetypes.sort_of(inside)] += 1
+            if filetypes.field_suffix(inside) or skipped:
+                passed[filetypes.skip_category(inside)] += 1
             elif reason := refused or photos.not_a_file(file):
                 rejected.append(Rejected(name, safe_key(file.stem), reason))
             else:
                 candidates.append((path, inside, file))
-    files = photos.named(candidates)
+    files = photos.unique_names(candidates)
     if not files:
-        details = f"; there are {filetypes.counted(passed)}" if passed else ""
+        details = f"; there are {filetypes.summarize_counts(passed)}" if passed else ""
         details += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in passed else ""
         details += f"; {rejected[0].origin}: {rejected[0].reason}" if rejected else ""
         raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)}){details}")

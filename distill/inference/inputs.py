@@ -58,10 +58,10 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             elif reason := _list_of(file, argument) or filetypes.refusal(name):
                 refused[f"{file}: {reason}"] = None
             else:
-                passed[file.absolute()] = filetypes.sort_of(name)
+                passed[file.absolute()] = filetypes.skip_category(name)
         if not any(stem for _, stem, _ in candidates):
             only_outputs = f" but what this command made in {out}" if any(stem for _, stem, _ in files) else ""
-            others = f"; there are {filetypes.counted(passed.values())}" if passed and not only_outputs else ""
+            others = f"; there are {filetypes.summarize_counts(passed.values())}" if passed and not only_outputs else ""
             others += "".join(f"; {line}" for line in list(refused)[:2])
             if not files and not Path(argument).expanduser().exists():
                 pattern = set(argument) & set("*?[") or _NUMBER.search(argument)

@@ -123,7 +123,7 @@ class Outputs:
         file, folder = Path(os.path.realpath(file)), self.folder.resolve()
         if not file.is_relative_to(folder):
             return False
-        inside = file.relative_to(folder).with_name(files.meant(file.name))
+        inside = file.relative_to(folder).with_name(files.final_name(file.name))
         frames = inside.with_name(f"*{inside.suffix}") if inside.stem.isdecimal() else inside
         return bool(self._own_names & {inside.as_posix(), frames.as_posix()})
 
@@ -201,7 +201,7 @@ class Outputs:
 
     def _append(self, made: OutputRecord) -> OutputRecord:
         path = self.folder / SOURCES
-        with files.naming(path), path.open("a", encoding="utf-8") as file:
+        with files.raising_write_errors(path), path.open("a", encoding="utf-8") as file:
             # A line cut by a kill or a full disk is terminated first, or it would spoil this one.
             newline, self._ends_in_cut_line = "\n" if self._ends_in_cut_line else "", True
             file.write(f"{newline}{json.dumps(asdict(made))}\n")

@@ -35,11 +35,11 @@ FOV = 60.0
 NARROWEST, WIDEST = 0.01, 179.0
 """Degrees of view that a camera may have: beyond, its points would lie on one line, or at distances outside float32.
 Ours."""
-DEEPEST = 1e6
+MAX_FAR = 1e6
 """The largest allowed `far`. Ours."""
 JUMP = 0.08
 """Neighbouring depths that differ by more than this fraction belong to different surfaces. Ours."""
-MOST, SHOWN = 400_000, 300_000
+MAX_POINTS, MAX_PAGE_POINTS = 400_000, 300_000
 """The largest number of points of a written surface or cloud, and of an HTML page."""
 
 
@@ -107,8 +107,8 @@ def exif_camera(photo: Path, height: int, width: int) -> Camera | None:
 
 def distances(values: Tensor, valid: Tensor, kind: Kind, far: float = FAR) -> tuple[np.ndarray, np.ndarray]:
     """Distances (H,W) along the optical axis of a map (H,W), and where they are valid. ValueError for a wrong `far`."""
-    if not 1 < far <= DEEPEST:
-        raise ValueError(f"far must be above 1, and at most {DEEPEST:g}, not {far}")
+    if not 1 < far <= MAX_FAR:
+        raise ValueError(f"far must be above 1, and at most {MAX_FAR:g}, not {far}")
     if kind.unknown != "affine":
         target = Kind.METRIC_DEPTH if kind.unknown == "metric" else Kind.SCALE_DEPTH
         converted = DepthMap(values[None], valid[None], kind).convert(target)
@@ -167,7 +167,7 @@ def surface(z: np.ndarray, valid: np.ndarray, lens: Camera, *, stride: int = 1, 
     return Surface(points, at, new_index.reshape(-1, 3).astype(np.uint32))
 
 
-def stride_for(height: int, width: int, most: int = MOST) -> int:
+def stride_for(height: int, width: int, most: int = MAX_POINTS) -> int:
     """Return the smallest stride that leaves about `most` points of a picture."""
     return max(1, math.ceil(math.sqrt(height * width / most)))
 
@@ -203,7 +203,7 @@ def encode(
     comment = f"{unit}; camera: {lens.told}"
     if name == "glb":
         return glb(surface(z, mask, lens, stride=stride_for(height, width)), rgb, comment)
-    stride = stride_for(height, width, MOST if name == "ply" else SHOWN)
+    stride = stride_for(height, width, MAX_POINTS if name == "ply" else MAX_PAGE_POINTS)
     points = cloud(z, mask, rgb, lens, stride=stride)
     if name == "ply":
         return ply(points, comment)

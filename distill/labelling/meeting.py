@@ -126,7 +126,7 @@ class Folder:
     def begin(self, part: str, claim: Claim) -> None:
         """As Meeting has it: a holder that was too slow cannot rename its partial file any more."""
         for name in (part, str(Path(part).with_suffix(".json"))):
-            for partial_file in self.out.glob(f"{files.aside(self.out / name).name}*"):
+            for partial_file in self.out.glob(f"{files.temporary_name(self.out / name).name}*"):
                 if not partial_file.name.endswith(claim.suffix):
                     partial_file.unlink(missing_ok=True)
 

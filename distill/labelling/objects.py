@@ -269,7 +269,7 @@ class Objects:
     def begin(self, part: str, claim: Claim) -> None:
         """Remove partial files of a killed worker on this disk. Others cannot send: they check their claim first."""
         for name in (part, str(Path(part).with_suffix(".json"))):
-            for partial_file in self.out.glob(f"{files.aside(self.out / name).name}*"):
+            for partial_file in self.out.glob(f"{files.temporary_name(self.out / name).name}*"):
                 partial_file.unlink(missing_ok=True)
 
     def deliver(self, part: str, claim: Claim) -> None:

@@ -18,7 +18,7 @@ from distill.data.sources import Entry, InputShard, Rejected, identity
 from distill.labelling.jobs import Teachers, asked_about
 from distill.labelling.manifest import is_whole
 from distill.shards.codec import VERSION, Sample, dump_json
-from distill.shards.shards import DamagedTableError, read_json, read_shard, walked_index
+from distill.shards.shards import DamagedTableError, index_from_headers, read_json, read_shard
 
 Tell = Callable[[str], object]
 
@@ -116,7 +116,7 @@ def _restore_description(out: Path, part: Part, manifest: Mapping[str, Any]) -> 
     places = {entry.origin for entry in part.entries}
     later = [line for line in manifest["quarantine"] if line["origin"] in places and line not in first_lines]
     tar = {key: tar[key] for key in ("name", "sha256", "bytes", "samples")}
-    describe(out, part, contents, tar=tar, samples=walked_index(path), quarantine=first_lines + later)
+    describe(out, part, contents, tar=tar, samples=index_from_headers(path), quarantine=first_lines + later)
     return True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from distill.core.settings import above, below, refuse, unknown_words
+from distill.core.settings import above, below, raise_faults, unknown_words
 
 STORES = ("s3://", "gs://", "az://")
 
@@ -99,7 +99,7 @@ class LabelSettings:
             faults.append("align fits every teacher to the truth: remove bridge")
         if self.bridge and self.store != "disparity":
             faults.append(f'bridge = "{self.bridge}" makes disparity: it needs store = "disparity"')
-        refuse(faults)
+        raise_faults(faults)
 
     @property
     def crops_at_once(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from distill.core.settings import above, below, refuse, unknown_words
+from distill.core.settings import above, below, raise_faults, unknown_words
 
 STEPS = 1000
 """DDPM's noise levels, 0 to 999."""
@@ -104,7 +104,7 @@ class LatentSettings:
             faults.append(f"reach must be above 1, not {self.reach}")
         if self.method == "feed_forward":
             faults += self._one_pass()
-        refuse(faults)
+        raise_faults(faults)
 
     def _one_pass(self) -> list[str]:
         faults = []

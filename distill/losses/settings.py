@@ -13,7 +13,7 @@ from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill.core.plugins import did_you_mean, name_fault, names, source, where_from
-from distill.core.settings import refuse, unknown_words
+from distill.core.settings import raise_faults, unknown_words
 
 TERMS = "distill.losses.terms"
 
@@ -109,7 +109,7 @@ class _LossSettings:
     trim_top = 0.1 }; none by default."""
 
     def __post_init__(self) -> None:
-        refuse(unknown_words(self))
+        raise_faults(unknown_words(self))
         fault = name_fault("distill.losses.normalize", self.normalization)
         if fault:
             raise ValueError(fault)
@@ -131,7 +131,7 @@ class _LossSettings:
             faults.append(f'{metric[0]} compares metres, which label_range = "unit" takes away: leave one of them out')
         if not 0.0 <= self.trim_top < 1.0:
             faults.append(f"trim_top must be in [0, 1), not {self.trim_top}")
-        refuse(faults + self._truth_faults())
+        raise_faults(faults + self._truth_faults())
 
     def _truth_faults(self) -> list[str]:
         known = [f.name for f in fields(self) if f.name != "truth"]

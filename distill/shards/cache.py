@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from distill.core.files import PARTIAL, WriteError, file_sha256, naming, publish, take_lock
+from distill.core.files import PARTIAL, WriteError, file_sha256, publish, raising_write_errors, take_lock
 from distill.data.storage import file_system
-from distill.shards.shards import MANIFEST, listed
+from distill.shards.shards import MANIFEST, index_from_json
 from distill.shards.tables import CACHED, read_json, read_manifest
 
 IDLE_S = 120.0
@@ -107,7 +107,7 @@ class TarCache:
                 f"{sidecar} does not say where the samples of its tar are, so that it cannot be fetched when it is "
                 "read: publish labels with their json, or set labels.cache_gb = 0, which fetches all of them"
             )
-        return listed(sidecar, table, shard["bytes"])
+        return index_from_json(sidecar, table, shard["bytes"])
 
     def read(self, name: str, start: int, size: int) -> bytes:
         """Read `size` bytes of the tar `name`, which is first fetched if it is missing and fits. Raises OSError."""
@@ -161,7 +161,7 @@ class TarCache:
             try:
                 self._fetch(name, new)
                 file = new.open("rb", buffering=0)
-                with naming(self.folder / name):
+                with raising_write_errors(self.folder / name):
                     publish(new, self.folder / name)
                 return file
             finally:

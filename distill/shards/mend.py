@@ -10,7 +10,7 @@ from typing import Any
 from distill.core import files
 from distill.core.seal import is_broken
 from distill.shards.codec import dump_json
-from distill.shards.shards import verify_sidecar, walked_index
+from distill.shards.shards import index_from_headers, verify_sidecar
 
 
 def mend_sidecar(tar: Path, shard: Mapping[str, Any]) -> bool:
@@ -25,7 +25,7 @@ def mend_sidecar(tar: Path, shard: Mapping[str, Any]) -> bool:
         table = json.loads(original)
         if not isinstance(table, dict) or files.file_sha256(tar) != shard["sha256"]:
             return False
-        index = walked_index(tar)
+        index = index_from_headers(tar)
     except (OSError, ValueError, RecursionError):
         return False
     tar_entry = {key: shard[key] for key in ("name", "sha256", "bytes", "samples")}

@@ -74,9 +74,9 @@ class ShardWriter:
 
     def __init__(self, path: Path, *, suffix: str = "") -> None:
         self.path = path
-        self.aside = files.aside(path).with_name(files.aside(path).name + suffix)
+        self.aside = files.temporary_name(path).with_name(files.temporary_name(path).name + suffix)
         self.index: list[tuple[str, int, int]] = []
-        with files.naming(path):
+        with files.raising_write_errors(path):
             self._file = self.aside.open("wb")
         self._out = _Hashing(self._file)
         self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.GNU_FORMAT)  # type: ignore[call-overload]
@@ -96,7 +96,7 @@ class ShardWriter:
     def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> None:
         """Append a sample: `codec.encode_sample`'s members."""
         start = self._tar.offset
-        with files.naming(self.path):
+        with files.raising_write_errors(self.path):
             for name, data in members:
                 # TarInfo's own defaults: time 0, owner 0, mode 0644. Nothing depends on this machine.
                 info = tarfile.TarInfo(name)
@@ -107,7 +107,7 @@ class ShardWriter:
 
     def close(self) -> dict[str, Any]:
         """Finish and sync the file; returns {"name", "sha256", "bytes", "samples"}."""
-        with files.naming(self.path):
+        with files.raising_write_errors(self.path):
             self._tar.close()
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -120,7 +120,7 @@ class ShardWriter:
 
     def publish(self) -> None:
         """Rename the finished file into place."""
-        with files.naming(self.path):
+        with files.raising_write_errors(self.path):
             files.publish(self.aside, self.path)
 
 
@@ -151,11 +151,11 @@ def shard_index(path: Path) -> list[tuple[str, int, int]]:
     if sidecar.is_file():
         metadata = read_json(sidecar)
         if metadata.get("tar") and metadata["tar"]["bytes"] == path.stat().st_size:
-            return listed(sidecar, metadata, path.stat().st_size)
-    return walked_index(path)
+            return index_from_json(sidecar, metadata, path.stat().st_size)
+    return index_from_headers(path)
 
 
-def listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple[str, int, int]]:
+def index_from_json(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple[str, int, int]]:
     """`shard_index` from the json of a tar of `size` bytes; raises ValueError unless every sample lies within it."""
     try:
         samples = [(str(key), int(start), int(length)) for key, start, length in metadata["samples"]]
@@ -166,7 +166,7 @@ def listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple[
     return samples
 
 
-def walked_index(path: Path) -> list[tuple[str, int, int]]:
+def index_from_headers(path: Path) -> list[tuple[str, int, int]]:
     """`shard_index` from the tar's own headers. Raises OSError for a damaged tar."""
     extents: dict[str, list[int]] = {}
     for member, problem in walk_tar(path):
@@ -375,7 +375,7 @@ def verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | No
         problems = [f"{sidecar}: {', '.join(differ)} of the tar are not what {MANIFEST} says"] if differ else []
         if samples is None or not recorded or recorded["bytes"] != path.stat().st_size:
             return problems
-        index, tar_index = listed(sidecar, table, path.stat().st_size), walked_index(path)
+        index, tar_index = index_from_json(sidecar, table, path.stat().st_size), index_from_headers(path)
         if samples != [key for key, _, _ in index]:
             problems.append(f"{sidecar} does not list the samples that its tar holds")
         elif index != tar_index:

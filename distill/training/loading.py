@@ -271,8 +271,8 @@ def _dead_worker_message(reason: str, option: str) -> str:
     memory = "" if free is None else f", of which {free / 1e6:.0f} MB are free (docker run --shm-size=8g)"
     return (
         f"a process that reads samples died or does not answer ({reason}): it lacked memory, or shared memory at "
-        f"{machine.SHARED}{memory}; lower {option} (0: no such processes). The same command continues from what "
-        "was saved"
+        f"{machine.SHARED_MEMORY_DIR}{memory}; lower {option} (0: no such processes). The same command "
+        "continues from what was saved"
     )
 
 

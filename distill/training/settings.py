@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from distill.core.settings import above, below, refuse, unknown_words
+from distill.core.settings import above, below, raise_faults, unknown_words
 
 # Settings that may change on a resume, because they do not affect the mathematics.
 CHANGEABLE = frozenset(
@@ -142,7 +142,7 @@ class TrainSettings:
     """Patches of each region that a step uses, redrawn at every visit; only these are read; 0 = all. Ours."""
 
     def __post_init__(self) -> None:
-        refuse(_faults(self))
+        raise_faults(_faults(self))
 
     @property
     def redraws(self) -> bool:

@@ -14,7 +14,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from distill.core.files import inside
-from distill.data.photos import upright
+from distill.data.photos import upright_size
 from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
 from distill.eval.benchmarks._files import Files
 from distill.eval.da2k import PointPair, Points, read_annotations, scene
@@ -81,4 +81,4 @@ def _points(folder: Path, name: str, pairs: tuple[PointPair, ...]) -> Points:
     path = inside(folder, name)
     if not path.is_file():
         return Points(pairs)
-    return Points(pairs, upright(path.read_bytes())[:2])
+    return Points(pairs, upright_size(path.read_bytes())[:2])

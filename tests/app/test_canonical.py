@@ -109,7 +109,7 @@ def test_predictions_are_metres_of_the_camera_that_is_said(tmp_path):
     benchmark = replace(recipe.benchmarks[0], name="pairs", root=str(tmp_path / "pairs.tsv"))
     recipe = replace(recipe, images=(first,), benchmarks=(benchmark,))
     run_label(recipe)
-    dataset, settings = build.labelled(recipe), build.train_settings(recipe)
+    dataset, settings = build.training_labels(recipe), build.train_settings(recipe)
     record = dataset[0].record
     assert record["crop"]["focal"] == pytest.approx(36 * 48 / 40)
     item = StreamSamples(dataset, settings, learning=True)[SamplePosition(0, 0)]

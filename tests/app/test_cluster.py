@@ -165,7 +165,7 @@ def test_what_fails_on_ray_is_raised_and_a_part_that_kills_is_named(tmp_path, on
     made = load(recipe(tmp_path, "deadly", 6), command="label")
     card = {"host": "a", "device": "cuda", "part": "x-000.tar", "ended": False, "parts": 0, "lost": 0, "seconds": 1.0}
     for pid in range(3):
-        cluster.meeting_of(made, build.labels_folder(made)).write_note(f"worker-{pid}", {**card, "pid": pid})
+        cluster.worker_meeting(made, build.labels_folder(made)).write_note(f"worker-{pid}", {**card, "pid": pid})
     with pytest.raises(ChildProcessError, match="x-000.tar: 3 workers were killed while labelling it"):
         on_ray("deadly", lambda number: FakeRay.exceptions.RayActorError())
 

@@ -20,7 +20,7 @@ from distill import students
 from distill.app import commands
 from distill.app.recipe import parse
 from distill.app.study import cells, read_study
-from distill.app.weights import needed
+from distill.app.weights import needed_weights
 from distill.core.plugins import find
 from distill.eval.papers import paper_numbers
 from distill.students import checkpoint
@@ -65,7 +65,7 @@ def test_ids_are_those_of_the_cards_and_of_the_layouts(path):
     for spec in recipe.teachers:
         if spec.name != "truth" and spec.weights and not spec.weights.startswith(OURS):
             assert spec.weights in [card.weights for card in find("distill.teachers", spec.name).CARDS]
-    for what, text, files in needed(recipe):
+    for what, text, files in needed_weights(recipe):
         one_step = what == "student.weights" and recipe.student.network == "one_step_unet"
         if what.startswith(("student", "loss")) and not one_step:
             assert any(re.fullmatch(known, text) for known in FILES) or text.startswith(OURS), text

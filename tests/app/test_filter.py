@@ -152,7 +152,7 @@ def test_recipes_take_the_lists_and_labels_are_filtered_too(flight, tmp_path):
     assert len(verdict.kept) == 3 and (verdict.scores["disagreement"] > 0.05).all()
     (tmp_path / "labels.txt").write_text("\n".join(verdict.kept))
     fewer = parse(table | {"labels": {"threads": 0, "names": str(tmp_path / "labels.txt")}})
-    assert build.labelled(fewer).keys == verdict.kept and build.identity(fewer) != build.identity(recipe)
+    assert build.training_labels(fewer).keys == verdict.kept and build.identity(fewer) != build.identity(recipe)
 
 
 def test_regions_that_are_no_squares_are_labelled_learnt_and_turned(flight, tmp_path):
@@ -168,7 +168,7 @@ def test_regions_that_are_no_squares_are_labelled_learnt_and_turned(flight, tmp_
     }
     recipe = parse(table)
     assert commands.run_label(recipe).samples == 2
-    sample = build.labelled(recipe)[0]
+    sample = build.training_labels(recipe)[0]
     assert sample.image.shape == (3, 16, 32) and sample.labels["truth"].shared.values.shape == (1, 16, 32)
     assert not verify(build.labels_folder(recipe))
     assert commands.run_train(recipe).step == 2

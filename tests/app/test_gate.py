@@ -79,7 +79,7 @@ def test_a_tenth_of_a_point_is_the_most_that_may_be_lost(monkeypatch):
 def test_many_samples_are_spread_evenly():
     assert gate._spread(3) == [0, 1, 2]
     spread = gate._spread(1000)
-    assert len(set(spread)) == gate.MOST and spread[0] == 0 and spread[-1] == 999
+    assert len(set(spread)) == gate.MAX_IMAGES and spread[0] == 0 and spread[-1] == 999
 
 
 def test_int8_that_is_refused_is_tried_again_with_the_weights_alone(tmp_path, monkeypatch):

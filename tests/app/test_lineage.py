@@ -73,5 +73,5 @@ def test_labels_that_may_not_be_sold_are_refused_in_training_too(tmp_path, monke
     monkeypatch.setattr(build, "LabelDataset", lambda folder, **_: SimpleNamespace(manifest={"teachers": teachers}))
     table = {"run": {"name": "x"}, "labels": {"commercial_only": True}}
     with pytest.raises(RecipeError, match="commercial_only = true refuses the labels in .*nc made them with org/free"):
-        build.labelled(parse(table))
-    assert build.labelled(parse(table | {"labels": {}})).manifest["teachers"] == teachers
+        build.training_labels(parse(table))
+    assert build.training_labels(parse(table | {"labels": {}})).manifest["teachers"] == teachers

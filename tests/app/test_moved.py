@@ -51,9 +51,9 @@ def test_labels_of_images_that_moved_are_told_of_and_used(path, tmp_path, capsys
     before = {file.name: file.stat().st_mtime_ns for file in old.iterdir()}
     assert main(["label", str(path), *(word for one in use for word in ("--set", one))]) == 0
     assert {file.name: file.stat().st_mtime_ns for file in old.iterdir()} == before
-    assert len(build.labelled(recipe.load(path, use))) == 5
+    assert len(build.training_labels(recipe.load(path, use))) == 5
     with pytest.raises(RecipeError, match="labelled with another crops than"):
-        build.labelled(recipe.load(path, [*use, "crops.overlap=0.2"]))
+        build.training_labels(recipe.load(path, [*use, "crops.overlap=0.2"]))
 
 
 @pytest.mark.parametrize("change", ["another file", "one less", "one more", "gone", "another name"])
@@ -70,7 +70,7 @@ def test_other_files_are_not_taken_for_them(path, tmp_path, change):
     else:
         pics = pics.rename(tmp_path / "two" / "photos")
     with pytest.raises(RecipeError, match="labelled with another images than"):
-        build.labelled(recipe.load(path, [f"images.0.photos={pics}", f"labels.root={old}"]))
+        build.training_labels(recipe.load(path, [f"images.0.photos={pics}", f"labels.root={old}"]))
 
 
 def test_a_folder_of_another_name_is_told_to_be_renamed_and_never_labelled_among_the_others(path, tmp_path, capsys):

@@ -114,10 +114,10 @@ def test_a_dpt_heads_folder_is_read_by_genpercepts_teacher(made, tmp_path):
     """It says itself that it predicts disparity, and the teacher's map is what the network gives."""
     (tmp_path / "sd4").mkdir()
     base = tiny_teachers.diffusion(tmp_path / "sd4", channels=4, blocks=4)
-    asked = _latent_student.Asked(
+    asked = _latent_student.LatentStudentSpec(
         teacher="genpercept", kind=Kind.AFFINE_DISPARITY, timestep=1, head="dpt", native_size=32
     )
-    student = _latent_student.begin(base, asked).eval()
+    student = _latent_student.build_student(base, asked).eval()
     assert not any(p.requires_grad for name, p in student.named_parameters() if name.startswith("unet.conv_out"))
     folder = _latent_student.save(student, tmp_path / "student", card={"name": "mine", "licence": "Apache-2.0"})
     teacher = genpercept.Teacher.load(str(folder))
@@ -129,7 +129,7 @@ def test_a_dpt_heads_folder_is_read_by_genpercepts_teacher(made, tmp_path):
     unit = ((raw - low) / (high - low))[:, None]
     small = torch.nn.functional.interpolate(unit, (32, 32), mode="bilinear", antialias=True)[:, 0].clip(0, 1)
     torch.testing.assert_close(found, small, atol=1e-5, rtol=1e-5)
-    again = _latent_student.begin(str(folder), asked)
+    again = _latent_student.build_student(str(folder), asked)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
     with pytest.raises(FileExistsError, match="holds something else"):
         _latent_student.save(student, made / "photos")
@@ -181,9 +181,9 @@ def test_doctor_says_memory_and_hours_and_what_the_base_predicts(made, small_siz
     found = [one.what for one in preflight.check_recipe(recipe)]
     assert any("the network predicts epsilon, but it is trained to predict velocity" in line for line in found), found
     student = latent.make(recipe, 0)
-    assert not latent.another_prediction(parse(table(made, "x", latent={"trajectory": 0.0})), student)
+    assert not latent.mismatched_prediction_type(parse(table(made, "x", latent={"trajectory": 0.0})), student)
     config.write_text('{"prediction_type": "v_prediction"}')
-    assert not latent.another_prediction(recipe, student)
+    assert not latent.mismatched_prediction_type(recipe, student)
     assert any(line.startswith("training 2 steps of 2 at") for line in found), found
     (memory,) = [line for line in found if line.startswith("memory of the network")]
     assert "EMA" in memory and "GB" in memory

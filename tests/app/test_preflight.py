@@ -12,7 +12,7 @@ from distill.app.cli import main
 from distill.app.image_survey import survey
 from distill.app.preflight import check_recipe
 from distill.app.recipe import load, parse
-from distill.app.sample_checks import about_samples
+from distill.app.sample_checks import sample_findings
 from distill.core import machine
 from distill.data.settings import ImageSettings
 from tests.app.test_supervision import metric, write_pairs
@@ -144,7 +144,7 @@ def test_what_training_would_refuse_is_said_before_labelling(check, tmp_path):
     recipe = metric(tmp_path, student={"canonical_focal": 50.0})
     tables = [replace(recipe.images[0], scenes=1), ImageSettings(pairs=str(write_pairs(tmp_path)))]
     uncounted = replace(survey(recipe, crops=False), scanned=False)
-    [found] = about_samples(replace(recipe, images=tuple(tables)), uncounted)
+    [found] = sample_findings(replace(recipe, images=tuple(tables)), uncounted)
     assert found.what.startswith("images[1]: ") and "has no focal length" in found.what  # scenes have one
 
 

@@ -242,7 +242,7 @@ def test_teachers_at_hand_see_the_batches_that_the_recipe_says(tmp_path, monkeyp
     for wanted in (8, 2):
         sizes.clear()
         labels = dataclasses.replace(loaded.labels, batch_size=wanted)
-        build.labelled(dataclasses.replace(loaded, labels=labels))[0]
+        build.training_labels(dataclasses.replace(loaded, labels=labels))[0]
         assert max(sizes) == wanted
 
 

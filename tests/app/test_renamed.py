@@ -87,9 +87,9 @@ def test_old_labels_are_learnt_from_and_mended(old_labels, capsys):
     folder, path = old_labels
     assert verify(folder) == []
     here = [f"labels.root={folder}"]
-    assert len(build.labelled(recipe.load(path, here))) == 14
+    assert len(build.training_labels(recipe.load(path, here))) == 14
     with pytest.raises(RecipeError, match="of-old was labelled with another crops, run.seed than this recipe's"):
-        build.labelled(recipe.load(path, [*here, "crops.overlap=0.2", "run.seed=3"]))
+        build.training_labels(recipe.load(path, [*here, "crops.overlap=0.2", "run.seed=3"]))
     before = {name: data for name, data in contents(folder).items() if name.endswith(".tar")}
     flip(sorted(folder.glob("*.tar"))[1], 3000)
     assert main(["verify", str(folder), "--repair"]) == 0

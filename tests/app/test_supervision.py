@@ -108,7 +108,7 @@ def test_weights_do_not_move_labels_and_old_folders_are_told_of(tmp_path):
         del tar["image_source"]
     write_manifest(folder, manifest)
     with pytest.raises(RecipeError, match=r"does not say which \[\[images\]\] table each label is from.*distill label"):
-        build.labelled(recipe)
+        build.training_labels(recipe)
     run_label(recipe)
     assert LabelDataset(folder).sources == [0] * 8 + [1] * 4 + [2] * 4
 
@@ -145,7 +145,7 @@ def absolute_error(recipe, student) -> float:
 def test_a_metric_student_learns_metres_and_is_scored_without_alignment(tmp_path, uncounted):
     recipe = metric(tmp_path)
     run_label(recipe)
-    dataset = build.labelled(recipe)
+    dataset = build.training_labels(recipe)
     labels = dataset[0].labels["truth"]
     assert labels.shared.kind is Kind.METRIC_DEPTH and labels.supervision.metric and labels.supervision.truth
     result = run_train(recipe)
@@ -170,7 +170,7 @@ def test_truth_beyond_the_reach_of_a_student_is_left_out(tmp_path):
     recipe = metric(tmp_path, student={"max_depth": 3.0})
     run_label(recipe)
     objective = build.make_objective(recipe, build.make_student(recipe))
-    sample = build.labelled(recipe)[0]
+    sample = build.training_labels(recipe)[0]
     labels = sample.labels["truth"]
     assert labels.shared.values.max() > 3.0
     within = torch.where(labels.shared.values <= 3.0, labels.shared.values, 2.9)

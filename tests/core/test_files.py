@@ -115,8 +115,10 @@ def test_a_folder_takes_the_place_of_another_and_what_a_kill_left_goes(tmp_path)
 def test_the_name_that_was_meant():
     path = Path("a/b.mp4")
     left = [new.name for new in files.leftovers(path)]
-    assert files.meant(left[0]) == files.meant(".b.mp4.partial.mp4") == files.meant(".new.b.mp4") == "b.mp4"
-    assert files.meant("b.mp4") == "b.mp4" and files.meant(".hidden") == ".hidden"
+    assert (
+        files.final_name(left[0]) == files.final_name(".b.mp4.partial.mp4") == files.final_name(".new.b.mp4") == "b.mp4"
+    )
+    assert files.final_name("b.mp4") == "b.mp4" and files.final_name(".hidden") == ".hidden"
 
 
 def test_a_lock_is_held_once_and_goes_with_its_process(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from distill.data.photos import BadImageError, decode, upright
+from distill.data.photos import BadImageError, decode, upright_size
 from tests.data.pictures import close, encoded, noise, picture
 
 
@@ -44,13 +44,13 @@ def test_the_size_of_a_png_needs_no_decoding_unless_its_orientation_may_stand_be
     chunk = first[at : at + 12 + int.from_bytes(first[at : at + 4], "big")]
     last = plain[:-12] + chunk + plain[-12:]
     for turned in (first, last, encoded(photo, "PNG", pnginfo=xmp)):
-        assert upright(turned) == (12, 8, 6) and decode(turned).shape == (3, 12, 8)
+        assert upright_size(turned) == (12, 8, 6) and decode(turned).shape == (3, 12, 8)
 
     def never(self):
         raise AssertionError("decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", never)
-    assert upright(plain) == (8, 12, 1)
+    assert upright_size(plain) == (8, 12, 1)
 
 
 def test_broken_exif_does_not_cost_the_image():

@@ -303,11 +303,11 @@ def test_no_image_at_all_says_why(tmp_path):
 
 def test_more_than_two_teachers_compare_but_do_not_label(tmp_path):
     recipe = recipes.load(written(tmp_path))
-    for refuse in (build.labels_folder, build.labelled, build.identity):
+    for refuse in (build.labels_folder, build.training_labels, build.identity):
         with pytest.raises(RecipeError, match="at most two teachers, a primary and an assistant, not 3"):
             refuse(recipe)
     online = recipes.load(written(tmp_path), ["labels.online=true"])
     with pytest.raises(RecipeError, match="at most two"):
-        build.labelled(online)
+        build.training_labels(online)
     with pytest.raises(RecipeError, match="limit must be at least 0, not -1"):
         recipes.load(written(tmp_path), ["compare.limit=-1"])

@@ -70,7 +70,7 @@ def make(seed: int, out: Path) -> str:
 
 def _pictures(recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Images (N,3,S,S) that are not held out, and their maps as grey images, in [-1, 1]."""
-    dataset = build.labelled(recipe)
+    dataset = build.training_labels(recipe)
     training, _ = hold_out(dataset.image_keys, recipe.train.val_fraction)
     samples = [dataset.get(index, dataset.teachers_of(index)) for index in training]
     images = torch.stack([sample.image for sample in samples]).float() / 255
@@ -118,8 +118,8 @@ def _unet(folder: Path, images: Tensor) -> dict[str, Any]:
         block_out_channels=(16, 32), attention_head_dim=(2, 2), use_linear_projection=True,
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
     ).save_pretrained(folder / "unet")  # fmt: skip
-    asked = _latent_student.Asked(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH, native_size=images.shape[-1])
-    student = _latent_student.begin(str(folder), asked)
+    asked = _latent_student.LatentStudentSpec(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH, native_size=images.shape[-1])
+    student = _latent_student.build_student(str(folder), asked)
     latents = student.encode(torch.cat([images, images.flip(-1)]) / 2 + 0.5)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-3)
     losses = []

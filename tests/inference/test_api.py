@@ -159,7 +159,7 @@ def test_points_lie_where_the_camera_saw_them():
         with pytest.raises(ValueError, match="far must be above 1"):
             relief.point_cloud(fov=60, far=far)
     for fov in (solid.NARROWEST, solid.WIDEST):
-        assert np.isfinite(relief.point_cloud(fov=fov, far=solid.DEEPEST).points).all()
+        assert np.isfinite(relief.point_cloud(fov=fov, far=solid.MAX_FAR).points).all()
 
 
 def test_the_built_in_model_and_a_run(tmp_path):

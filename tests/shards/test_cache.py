@@ -239,16 +239,16 @@ def test_a_cache_becomes_whole_and_whole_labels_lose_nothing(made, tmp_path, cap
     recipe, folder, _ = made
     bytes_ = max(tars(folder).values())
     some = load(recipe, [f"run.out={tmp_path / 'other'}", f"labels.cache_gb={1.5 * bytes_ / 1e9}"])
-    dataset = build.labelled(some)
+    dataset = build.training_labels(some)
     assert dataset.keys == LabelDataset(folder).keys and not tars(dataset.folder)
     assert dataset[0].image.equal(LabelDataset(folder)[0].image) and len(tars(dataset.folder)) == 1
     assert main(["label", str(recipe), "--set", f"run.out={tmp_path / 'other'}"]) == 2
     assert "keeps only some tars of finished labels (labels.cache_gb)" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match=r"is missing, .*the folder keeps some tars alone \(labels.cache_gb\)"):
         LabelDataset(dataset.folder)
-    whole = build.labelled(load(recipe, [f"run.out={tmp_path / 'other'}"]))
+    whole = build.training_labels(load(recipe, [f"run.out={tmp_path / 'other'}"]))
     assert whole.cache is None and tars(whole.folder) == tars(folder) and verify(whole.folder) == []
-    assert build.labelled(some).cache is None and tars(whole.folder) == tars(folder)
+    assert build.training_labels(some).cache is None and tars(whole.folder) == tars(folder)
     with pytest.raises(RecipeError, match="cache_gb is for labels that are fetched: set labels.mirror"):
         load(recipe, ["labels.mirror=", "labels.cache_gb=1"])
 

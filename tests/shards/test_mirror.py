@@ -59,7 +59,7 @@ def test_what_is_fetched_is_what_was_sent(made, tmp_path):
     wanted = contents(folder)
     assert contents(far / folder.name) == wanted and len([n for n in wanted if n.endswith(".tar")]) == 3
     elsewhere = load(recipe, [f"run.out={tmp_path / 'elsewhere'}"])
-    dataset = build.labelled(elsewhere)
+    dataset = build.training_labels(elsewhere)
     assert len(dataset) == 3
     assert contents(build.labels_folder(elsewhere)) == wanted
     assert mirror.publish(folder, f"file://{far}") == 0  # all of it is there

@@ -30,7 +30,7 @@ from distill.training.settings import TrainSettings
 from distill.training.train import train
 from tests import tiny_teachers
 
-ASKED = _latent_student.Asked(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH)
+ASKED = _latent_student.LatentStudentSpec(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH)
 
 
 class Regions:
@@ -88,7 +88,7 @@ def bare_loop(
     base: str, data: Regions, batch: int, steps: int, device: torch.device, clock: Callable[[], float]
 ) -> float:
     """Seconds per step of FiffDepth's passes on latents in memory."""
-    student = _latent_student.begin(base, ASKED).to(device)
+    student = _latent_student.build_student(base, ASKED).to(device)
     half = batch // 2
     image = student.encode(data.images[:batch].to(device))
     maps = data.maps[:batch].to(device)
@@ -122,7 +122,7 @@ def ours(
     root: Path, label: str, data: Regions, batch: int, steps: int, cache: LatentCache | None, clock: Callable[[], float]
 ) -> float:
     """Seconds per step of a run, without its first step and its last, which saves."""
-    student = _latent_student.begin(str(root / "base"), ASKED)
+    student = _latent_student.build_student(str(root / "base"), ASKED)
     settings = TrainSettings(
         steps=steps + 2, batch_size=batch, warmup_steps=1, workers=0, val_fraction=0.0, eval_every=0, save_every=0,
         kind="affine_depth", even_batches=True, keep_unmet=True, trackers=(), hflip=False, seed=0,

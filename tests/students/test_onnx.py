@@ -73,7 +73,7 @@ def kinds(model):
 def test_float16_keeps_what_overflows_and_halves_the_rest(tmp_path):
     images = torch.rand(1, 3, 12, 9, generator=torch.Generator().manual_seed(0))
     expected = run(LARGE, tmp_path, images)
-    half = onnx_precision.half(LARGE, [images])
+    half = onnx_precision.to_float16(LARGE, [images])
     found = run(half, tmp_path, images)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=5e-3 * float(expected.std()), rtol=0)
@@ -102,7 +102,7 @@ def test_float16_keeps_sampling_grids_whole(tmp_path):
         {"zero": np.float32(0), "grid": grid, "axis": np.array([1], np.int64)},
     )
     images = torch.linspace(0, 1, width).expand(1, 3, 1, width).contiguous()
-    half = onnx_precision.half(model, [images])
+    half = onnx_precision.to_float16(model, [images])
     off = (run(half, tmp_path, images) - run(model, tmp_path, images)).abs().max()
     assert off < 1e-3  # float16 of a value near one; a grid in float16 is off by more than 2e-4 everywhere
 
@@ -122,7 +122,7 @@ def test_eight_bits_are_calibrated_and_close(tmp_path, caplog):
     )
     images = torch.rand(1, 3, 16, 24, generator=draw)
     expected = run(model, tmp_path, images)
-    made = onnx_precision.quantized(model, [torch.rand(1, 3, 16, 16, generator=draw) for _ in range(3)])
+    made = onnx_precision.to_int8(model, [torch.rand(1, 3, 16, 16, generator=draw) for _ in range(3)])
     assert not caplog.records, "what onnxruntime would say is nothing that a person can act on"
     found = run(made, tmp_path, images)
     assert 0 < float((found - expected).abs().mean() / expected.std()) < 0.1
@@ -150,7 +150,7 @@ def test_weights_alone_are_in_eight_bits_and_their_products_in_float32(tmp_path)
     model = graph(nodes, weights)
     images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = run(model, tmp_path, images)
-    made = onnx_precision.quantized(model, [], matrices="weights")
+    made = onnx_precision.to_int8(model, [], matrices="weights")
     assert {node.op_type for node in made.graph.node}.isdisjoint({"QuantizeLinear", "DequantizeLinear"})
     kept = {t.name: t for t in made.graph.initializer}
     assert kept["kernel:codes"].data_type == onnx.TensorProto.INT8 and {"w0", "w1"} < kept.keys() - {"kernel"}
@@ -162,7 +162,7 @@ def test_weights_alone_are_in_eight_bits_and_their_products_in_float32(tmp_path)
     off = (run(made, tmp_path, images) - expected).abs().mean() / expected.std()
     assert 0 < float(off) < 0.01
     with pytest.raises(ValueError, match="matrices must be"):
-        onnx_precision.quantized(model, [], matrices="some")
+        onnx_precision.to_int8(model, [], matrices="some")
 
 
 @pytest.mark.parametrize(("height", "width"), [(90, 120), (333, 217), (20, 700), (56, 56), (7, 9)])

@@ -76,8 +76,8 @@ def test_maps_masks_and_losses_are_those_of_marigold_and_genpercept(golden):
 def test_latents_and_passes_are_those_of_fiffdepth(golden):
     facts, data = golden("fiffdepth_direct")
     folder = golden_folder("fiffdepth_direct")
-    asked = _latent_student.Asked(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH)
-    student = _latent_student.begin(str(folder / "model"), asked)
+    asked = _latent_student.LatentStudentSpec(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH)
+    student = _latent_student.build_student(str(folder / "model"), asked)
     tolerance = facts["tolerance"]["train_abs"]
     torch.testing.assert_close(student.alphas, tensor(data, "train.alphas_cumprod"), atol=1e-7, rtol=0)
     image = tensor(data, "image_mult8").permute(2, 0, 1)[None].float() / 255
@@ -281,11 +281,13 @@ def test_every_batch_is_half_of_each_source():
 
 
 def test_checkpoints_hold_what_learns_alone(tmp_path, tiny_base):
-    asked = _latent_student.Asked(teacher="marigold", kind=Kind.AFFINE_DEPTH, zero_snr=True)
-    student = _latent_student.begin(tiny_base, asked)
+    asked = _latent_student.LatentStudentSpec(teacher="marigold", kind=Kind.AFFINE_DEPTH, zero_snr=True)
+    student = _latent_student.build_student(tiny_base, asked)
     assert {name.partition(".")[0] for name in student.state_dict()} == {"unet"}
     assert student.alphas[-1] == 0, "no signal is left at the last level"
-    four = _latent_student.begin(tiny_base, _latent_student.Asked(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH))
+    four = _latent_student.build_student(
+        tiny_base, _latent_student.LatentStudentSpec(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH)
+    )
     latents = torch.rand(1, 4, 8, 8)
     eight = student.unet.conv_in(torch.cat([latents, latents], 1))
     torch.testing.assert_close(eight, four.unet.conv_in(latents), atol=1e-5, rtol=1e-5)
@@ -295,6 +297,8 @@ def test_checkpoints_hold_what_learns_alone(tmp_path, tiny_base):
     out = four.train()(latents, torch.tensor([-1]))
     out.sum().backward()
     assert len(ran) == 2, "the backward pass computes its activations again"
-    again = _latent_student.begin(tiny_base, _latent_student.Asked(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH))
+    again = _latent_student.build_student(
+        tiny_base, _latent_student.LatentStudentSpec(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH)
+    )
     torch.testing.assert_close(out, again(latents, torch.tensor([-1])))
     assert checkpoints.VERSION == 1

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if outcome.problems:
         fail("\n".join(outcome.problems))
     if survey.passed:
-        note(f"ignored: {filetypes.counted(survey.passed)}")
+        note(f"ignored: {filetypes.summarize_counts(survey.passed)}")
     present = f", {outcome.present} already there" if outcome.present else ""
     failed = f", {len(outcome.problems)} could not be used" if outcome.problems else ""
     say(
@@ -113,13 +113,13 @@ def _check_used(args: argparse.Namespace, *, takes_focal: bool) -> None:
 
 def _lens(args: argparse.Namespace) -> Any:
     """The camera that the command line describes. Raises ValueError for an impossible one."""
-    from distill.inference.solid import DEEPEST, FAR, Lens, camera
+    from distill.inference.solid import FAR, MAX_FAR, Lens, camera
 
     if args.fov is not None and args.intrinsics:
         raise ValueError("--fov and --intrinsics both describe the camera: keep one")
     far = FAR if args.far is None else args.far
-    if not 1 < far <= DEEPEST:
-        raise ValueError(f"--far must be above 1, and at most {DEEPEST:g}, not {far:g}")
+    if not 1 < far <= MAX_FAR:
+        raise ValueError(f"--far must be above 1, and at most {MAX_FAR:g}, not {far:g}")
     if args.fov is not None:
         camera(args.fov, None, 1, 1)
     if args.intrinsics and not (all(map(math.isfinite, args.intrinsics)) and min(args.intrinsics[:2]) > 0):

@@ -122,7 +122,7 @@ def stored(root: Path, row: Row) -> np.ndarray:
         raise OSError(f"{path}: {error}; download it again") from error
 
 
-def known(values: np.ndarray, *, below: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
+def mask_invalid(values: np.ndarray, *, below: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
     """Values (H,W) with invalid ones set to 0, and the mask of those that are finite, positive and under a bound."""
     valid = np.isfinite(values) & (values > 0) & (values < below)
     return np.where(valid, values, np.float32(0)).astype(np.float32), valid

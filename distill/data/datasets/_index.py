@@ -59,8 +59,8 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
     groups = sorted(set(plugin.groups(root)))
     if not groups:
         raise FileNotFoundError(f"{root}: no files of {plugin.FACTS.title} found there; {_where_instead(plugin, root)}")
-    aside = files.aside(path)
-    with files.naming(path):
+    aside = files.temporary_name(path)
+    with files.raising_write_errors(path):
         aside.parent.mkdir(parents=True, exist_ok=True)
         done = _finished_groups(aside, root, groups)
         with aside.open("a", encoding="utf-8", newline="") as file:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.core.depth import Kind
-from distill.data.datasets import Facts, Group, Row, below, files_of, folders_of, frames, known, stored
+from distill.data.datasets import Facts, Group, Row, below, files_of, folders_of, frames, mask_invalid, stored
 
 FACTS = Facts(
     title="BlendedMVS",
@@ -68,4 +68,4 @@ def _focal(path: Path) -> float:
 
 def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Depth in the unit of the scene."""
-    return known(stored(root, row))
+    return mask_invalid(stored(root, row))

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.core.depth import Kind
-from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, known, paired, stored
+from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, mask_invalid, paired, stored
 
 FOCAL, WIDTH = 886.81, 1024
 SPLITS = "metadata_images_split_scene_v1.csv"
@@ -95,8 +95,8 @@ def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Metres along the optical axis."""
     values = stored(root, row)
     if row.depth.endswith(".png"):
-        return known(values * np.float32(0.001))
-    return known(values * _planar(*values.shape))
+        return mask_invalid(values * np.float32(0.001))
+    return mask_invalid(values * _planar(*values.shape))
 
 
 @functools.lru_cache(maxsize=4)

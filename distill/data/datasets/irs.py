@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.core.depth import Kind
-from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, known, paired, stored
+from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, mask_invalid, paired, stored
 
 FOCAL, BASELINE = 480.0, 0.1
 CLASSES = ("Home", "Office", "Restaurant", "Store")
@@ -50,6 +50,6 @@ def rows(root: Path, group: str) -> Group:
 
 def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Metres; pixels without positive disparity are invalid."""
-    disparity, valid = known(stored(root, row))
+    disparity, valid = mask_invalid(stored(root, row))
     depth = np.float32(FOCAL * BASELINE) / np.where(valid, disparity, np.float32(1))
     return np.where(valid, depth, np.float32(0)), valid

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.core.depth import Kind
-from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, known, paired, stored
+from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, mask_invalid, paired, stored
 
 FOCAL, SKY = 320.0, 1000.0
 
@@ -54,4 +54,4 @@ def rows(root: Path, group: str) -> Group:
 
 def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Metres; the sky is invalid."""
-    return known(stored(root, row), below=SKY)
+    return mask_invalid(stored(root, row), below=SKY)

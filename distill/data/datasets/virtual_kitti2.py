@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.core.depth import Kind
-from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, known, paired, stored
+from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, mask_invalid, paired, stored
 
 FOCAL, WIDTH = 725.0087, 1242
 FAR = 655.35
@@ -61,6 +61,6 @@ def rows(root: Path, group: str) -> Group:
 def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Metres; the far plane is invalid."""
     codes = stored(root, row)
-    values, valid = known(codes * np.float32(0.01))
+    values, valid = mask_invalid(codes * np.float32(0.01))
     valid &= codes < 65535
     return np.where(valid, values, np.float32(0)), valid
