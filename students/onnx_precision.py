@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -173,7 +174,8 @@ def _magnitudes(model: Any, images: Sequence[Tensor]) -> dict[str, float]:
     for image in images:
         maxima = session.run([f"{name}:top" for name in floats], {session.get_inputs()[0].name: image.numpy()})
         for name, value in zip(floats, maxima, strict=True):
-            tops[name] = max(tops.get(name, 0.0), float(value))
+            top = float(value)
+            tops[name] = max(tops.get(name, 0.0), top if math.isfinite(top) else math.inf)  # max(0, NaN) would be 0
     for node in model.graph.node:
         for name in known & moved & set(node.output):
             tops[name] = max((tops[x] for x in node.input if x in tops), default=0.0)

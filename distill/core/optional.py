@@ -26,4 +26,4 @@ def require(names: Sequence[str], extra: str = "export") -> None:
 
 def _line(names: Sequence[str], extra: str) -> str:
     verb = "is" if len(names) == 1 else "are"
-    return f"{', '.join(names)} {verb} not installed; pip install 'depth-distill[{extra}]' brings it"
+    return f"{', '.join(names)} {verb} not installed; run pip install 'depth-distill[{extra}]'"

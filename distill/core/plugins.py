@@ -90,7 +90,7 @@ def find(package: str, name: str) -> ModuleType:
         module = _outside(f"{name} of {_distribution(entry)}", entry.load)
     kind = _kind(package)
     if not hasattr(module, SIGNS[kind]):
-        raise LookupError(f"{name} has no {SIGNS[kind]}, so it is none of the {kind}")
+        raise LookupError(f"{name} has no {SIGNS[kind]}, so it is not one of the {kind}")
     return module
 
 
@@ -126,7 +126,7 @@ def name_fault(package: str, name: str) -> str:
     places = where_from(package, name)
     if not places:
         kind, known = _kind(package) or package, names(package)
-        return f"{name} is none of the {kind}{did_you_mean(name, known)}; there are {', '.join(known)}"
+        return f"{name} is not one of the {kind}{did_you_mean(name, known)}; available: {', '.join(known)}"
     if len(places) > 1:
         return f"{name} is {' and '.join(places)}: rename or uninstall one, or give a file's path in place of the name"
     return ""

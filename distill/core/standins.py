@@ -68,7 +68,7 @@ def fault_of_extra_bytes(path: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""
     return (
-        f"has {extra_bytes} bytes behind its tensors, of which it does not speak: download or copy it again"
+        f"has {extra_bytes} bytes after its tensors that its header does not list: download or copy it again"
         if extra_bytes > 0
         else ""
     )
@@ -106,7 +106,7 @@ def fault_of_zip(path: Path) -> str:
     if not damaged or len(damaged) == len(names):  # all of them: written without checksums
         return ""
     return (
-        f"is damaged: {len(damaged)} of its {len(names)} parts have not the checksum that they were written with; "
+        f"is damaged: {len(damaged)} of its {len(names)} parts do not match their stored checksums; "
         "download or copy it again"
     )
 

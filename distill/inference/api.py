@@ -81,7 +81,7 @@ class Depth:
         else:
             values, valid = self.numpy(), self.valid.cpu().numpy()
             if not valid.any() or not np.isfinite(values[valid]).all():
-                raise ValueError(f"{path}: the map has no value where it should, which only .npy keeps")
+                raise ValueError(f"{path}: the map has no valid pixels, or values that are not finite: save it as .npy")
             predict.write_map(path, "png", values, self._rgb(), predict.value_range(values), str(self.kind))
         return path
 

@@ -67,7 +67,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
                 pattern = set(argument) & set("*?[") or _NUMBER.search(argument)
                 reason = "matches no file" if pattern else "no such file or folder"
                 reason = "a link to nothing" if Path(argument).expanduser().is_symlink() else reason
-                reason = "an address, and files of this machine are read: download it" if "://" in argument else reason
+                reason = "a URL, but only local files are read: download it" if "://" in argument else reason
                 raise FileNotFoundError(f"{argument}: {reason}")
             raise FileNotFoundError(
                 f"{argument}: no photo or video there{only_outputs} ({', '.join((*PHOTOS, *VIDEOS))}){others}"

@@ -72,7 +72,7 @@ def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camer
         raise ValueError("give the camera: either fov=DEGREES (horizontal; phones have 60 to 75) or intrinsics=3 x 3")
     if fov is not None:
         if not NARROWEST <= fov <= WIDEST:
-            raise ValueError(f"fov must be between 0 and 180 degrees ({NARROWEST:g} to {WIDEST:g}), not {fov}")
+            raise ValueError(f"fov must be between {NARROWEST:g} and {WIDEST:g} degrees, not {fov}")
         focal = width / 2 / math.tan(math.radians(fov) / 2)
         return Camera(focal, focal, width / 2, height / 2, f"a field of view of {fov:g} degrees")
     matrix = np.asarray(intrinsics, dtype=np.float64)

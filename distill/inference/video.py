@@ -32,7 +32,7 @@ from distill.data.photos import BadImageError
 av.logging.set_level(av.logging.PANIC)
 
 
-_CUT = "it is cut, and what says how it is encoded is lost: copy it again"
+_CUT = "it is cut short, and the description of its encoding is lost: copy it again"
 
 
 class Film:

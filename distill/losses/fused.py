@@ -118,7 +118,7 @@ def _works(trial: Callable[[torch.device], Pairs], device: torch.device) -> bool
             return _works(trial, device)
         if all(_tried.values()):
             reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
-            warnings.warn(f"the fused loss kernels fail here ({reason}): torch does their work, slower", stacklevel=5)
+            warnings.warn(f"the fused loss kernels fail here ({reason}): using the slower torch code", stacklevel=5)
         return False
     return True
 

@@ -128,7 +128,7 @@ class _LossSettings:
         ]
         metric = [name for name in FACTS if FACTS[name].is_metric and getattr(self, name)]
         if self.label_range == "unit" and metric:
-            faults.append(f'{metric[0]} compares metres, which label_range = "unit" takes away: leave one of them out')
+            faults.append(f'{metric[0]} compares metres, but label_range = "unit" rescales the labels: leave one out')
         if not 0.0 <= self.trim_top < 1.0:
             faults.append(f"trim_top must be in [0, 1), not {self.trim_top}")
         raise_faults(faults + self._truth_faults())

@@ -253,7 +253,7 @@ class LabelDataset(Dataset[Sample]):
         if not path.is_file():
             remedy = "copy it back or run distill label again"
             if (self.folder / CACHED).is_dir():
-                remedy = "the folder keeps some tars alone (labels.cache_gb), distill train with 0 fetches all"
+                remedy = "the folder caches only some tars; distill train with labels.cache_gb = 0 fetches all"
             raise FileNotFoundError(f"{path} is missing, but {MANIFEST} lists it: {remedy}")
         if path.stat().st_size != shard["bytes"]:
             if pointer := pointer_line(path):
@@ -380,7 +380,7 @@ def verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | No
             problems.append(f"{sidecar} does not list the samples that its tar holds")
         elif index != tar_index:
             wrong_key = next(key for (key, *place), (_, *true) in zip(index, tar_index, strict=True) if place != true)
-            problems.append(f"{sidecar} says another place than its tar has for {wrong_key}")
+            problems.append(f"{sidecar} gives the wrong position in its tar for {wrong_key}")
         return problems
     except (OSError, ValueError) as error:
         return [str(error)]

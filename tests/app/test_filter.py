@@ -110,7 +110,7 @@ def test_a_name_that_is_no_data_sets_says_so(tmp_path):
     table.write_text("name\trgb\tdepth\n")
     with pytest.raises(ValueError, match="for pairs give only their table"):
         open_sources([f"mine={table}"])
-    with pytest.raises(LookupError, match="mine is none of the datasets"):
+    with pytest.raises(LookupError, match="mine is not one of the datasets"):
         open_sources([f"mine={tmp_path}"])
 
 

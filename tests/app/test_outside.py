@@ -191,7 +191,7 @@ def test_faults_name_the_file(project, capsys):
     assert "./mean.py, mean.py line 1: ModuleNotFoundError: No module named 'nothing_like_it'" in error
     assert "depth-distill[" not in error
     assert main(["label", "r.toml", "--set", "teachers.0.name=./sub/bench.py"]) == 2
-    assert "./sub/bench.py has no Teacher, so it is none of the teachers" in capsys.readouterr().err
+    assert "./sub/bench.py has no Teacher, so it is not one of the teachers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

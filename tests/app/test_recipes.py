@@ -94,10 +94,10 @@ BAD = {
         "train.precision must be 'fp32' or 'bf16', not 'fp16'",
     ),
     "table for array": ('[teachers]\nname = "midas"', "teachers must be an array, not a table"),
-    "unknown decoder": ('[student]\ndecoder = "std"', "student: std is none of the decoders; did you mean sdt?"),
+    "unknown decoder": ('[student]\ndecoder = "std"', "student: std is not one of the decoders; did you mean sdt?"),
     "unknown normalization": (
         '[loss]\nnormalization = "globl"',
-        "loss: globl is none of the normalizations; did you mean global?; there are global, hybrid, local, none",
+        "loss: globl is not one of the normalizations; did you mean global?; available: global, hybrid, local, none",
     ),
     "two sources in one": (
         '[[images]]\nphotos = "a"\nscenes = 3',

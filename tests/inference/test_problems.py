@@ -92,7 +92,7 @@ def test_an_out_that_is_a_file_or_below_one_is_named(tmp_path):
 
 
 def test_an_address_is_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="https://a.org/b.jpg: an address, and files of this machine are read"):
+    with pytest.raises(FileNotFoundError, match="https://a.org/b.jpg: a URL, but only local files are read"):
         call(Fake(), "https://a.org/b.jpg", out=tmp_path)
 
 

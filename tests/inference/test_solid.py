@@ -113,9 +113,9 @@ def test_a_page_of_a_photo_whose_name_is_not_utf8(tmp_path):
     ("words", "told"),
     [
         (["--fov", "60"], "--fov: only for 3D files"),
-        (["--write", "ply", "--fov", "190"], "between 0 and 180"),
-        (["--write", "ply", "--fov", "5e-324"], "between 0 and 180"),
-        (["--write", "ply", "--fov", "nan"], "between 0 and 180"),
+        (["--write", "ply", "--fov", "190"], "between 0.01 and 179"),
+        (["--write", "ply", "--fov", "5e-324"], "between 0.01 and 179"),
+        (["--write", "ply", "--fov", "nan"], "between 0.01 and 179"),
         (["--write", "ply", "--far", "0.5"], "--far must be above 1"),
         (["--write", "ply", "--far", "inf"], "--far must be above 1"),
         (["--write", "glb", "--intrinsics", "9", "nan", "0", "0"], "finite numbers of pixels"),

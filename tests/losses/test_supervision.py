@@ -120,7 +120,9 @@ def test_a_metric_prediction_meets_labels_that_know_less_as_disparity():
 def test_labels_that_teach_nothing_are_told_of():
     objective = Objective(LossSettings(**OFF, silog=1.0), Kind.METRIC_DEPTH)
     near = labels(kind=Kind.AFFINE_DISPARITY, truth=False)
-    with pytest.raises(ValueError, match=r"labels by t \(affine_disparity\) teach nothing: silog needs metric"):
+    with pytest.raises(
+        ValueError, match=r"labels by t \(affine_disparity\) have no applicable term of .loss.: silog needs metric"
+    ):
         objective(PRED, near)
     with pytest.raises(ValueError, match=r"every weight of \[loss\] is 0"):
         Objective(LossSettings(**OFF))(PRED, near)

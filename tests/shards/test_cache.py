@@ -244,7 +244,7 @@ def test_a_cache_becomes_whole_and_whole_labels_lose_nothing(made, tmp_path, cap
     assert dataset[0].image.equal(LabelDataset(folder)[0].image) and len(tars(dataset.folder)) == 1
     assert main(["label", str(recipe), "--set", f"run.out={tmp_path / 'other'}"]) == 2
     assert "keeps only some tars of finished labels (labels.cache_gb)" in capsys.readouterr().err
-    with pytest.raises(FileNotFoundError, match=r"is missing, .*the folder keeps some tars alone \(labels.cache_gb\)"):
+    with pytest.raises(FileNotFoundError, match=r"is missing, .*the folder caches only some tars"):
         LabelDataset(dataset.folder)
     whole = build.training_labels(load(recipe, [f"run.out={tmp_path / 'other'}"]))
     assert whole.cache is None and tars(whole.folder) == tars(folder) and verify(whole.folder) == []

@@ -228,7 +228,7 @@ def test_verify_reads_through_the_offsets_of_a_json(folder):
     table = json.loads(sidecar.read_text())
     table["samples"][1][1] += 512
     sidecar.write_bytes(dump_json(table))
-    assert verify(folder) == [f"{sidecar} says another place than its tar has for sa_1-1"]
+    assert verify(folder) == [f"{sidecar} gives the wrong position in its tar for sa_1-1"]
     table["samples"][1][1] = 1 << 40
     sidecar.write_bytes(dump_json(table))
     assert "do not lie in their tar" in verify(folder)[0]
