@@ -23,14 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from distill.core.standins import (
-    ZERO,
-    fault_of_extra_bytes,
-    fault_of_start,
-    fault_of_tensors,
-    fault_of_zip,
-    remedy_for_shards,
-)
+from distill.core import standins
 
 # This module is also imported to read teachers' names, without waiting for torch.
 if TYPE_CHECKING:
@@ -66,7 +59,7 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
         raise WeightsMissingError(
             f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
             + _below(path)
-            + remedy_for_shards(path)
+            + standins.remedy_for_shards(path)
         )
     if len(matching) > 1:
         if all(_SHARD.search(file.name) for file in matching):
@@ -79,7 +72,7 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
         return matching[0]
     if not matching[0].exists():
         raise WeightsMissingError(f"{matching[0]} is a link to nothing, as of a half emptied cache: download it again")
-    if reason := fault_of_start(matching[0]):
+    if reason := standins.fault_of_start(matching[0]):
         raise WeightsMismatchError(f"{matching[0]} {reason}")
     return matching[0]
 
@@ -147,7 +140,7 @@ def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tenso
     tables = _tables_of(nested)
     if not tables:
         content = f", but {', '.join(map(str, list(nested)[:5]))}" if isinstance(nested, Mapping) and nested else ""
-        content += f": a shard of DeepSpeed's: {ZERO}" if path.name.endswith("_optim_states.pt") else ""
+        content += f": a shard of DeepSpeed's: {standins.ZERO}" if path.name.endswith("_optim_states.pt") else ""
         raise WeightsMismatchError(f"{path} holds no table of named tensors{content}")
     return _plain_names(_choose(tables, path, weights_key), path)
 
@@ -182,7 +175,7 @@ def _read(path: Path) -> Any:
     import safetensors.torch
     import torch
 
-    if reason := fault_of_start(path) or fault_of_zip(path):
+    if reason := standins.fault_of_start(path) or standins.fault_of_zip(path):
         raise WeightsMismatchError(f"{path} {reason}")
     try:
         with path.open("rb") as file:
@@ -200,7 +193,7 @@ def _read(path: Path) -> Any:
             content = f"a pickled {global_name[1]}" if global_name else "more than tensors in it"
             content = "another protocol of pickle than torch.save's own" if "operand" in str(error) else content
             reason = f"{content}, or not a torch file; save its state_dict() alone"
-        if excess := fault_of_extra_bytes(path):
+        if excess := standins.fault_of_extra_bytes(path):
             raise WeightsMismatchError(f"{path} {excess}") from error
         if any(words in reason for words in _CUT):
             raise WeightsMismatchError(f"{path} is cut short: download or copy it again") from error
@@ -363,7 +356,7 @@ def _plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         if name in plain:
             raise WeightsMismatchError(f"{path} holds {name} twice, once inside a wrapper: save one network alone")
         plain[name] = tensor
-    if reason := fault_of_tensors(plain):
+    if reason := standins.fault_of_tensors(plain):
         raise WeightsMismatchError(f"{path} {reason}")
     return unchunked(plain)
 

@@ -108,7 +108,7 @@ class Objective:
             unmet = {name: " and ".join(sorted(FACTS[name].needs - met)) for name in s.weights}
             reasons = ", ".join(f"{name} needs {needs or 'other labels'}" for name, needs in unmet.items())
             raise ValueError(
-                f"labels by {labels.supervision.teacher} ({labels.supervision.kind}) have no applicable term of [loss]: "
+                f"labels by {labels.supervision.teacher} ({labels.supervision.kind}) have no applicable [loss] term: "
                 f"{reasons or 'every weight of [loss] is 0'}"
             )
         return total, parts | inputs.counts

@@ -121,7 +121,7 @@ def test_labels_that_teach_nothing_are_told_of():
     objective = Objective(LossSettings(**OFF, silog=1.0), Kind.METRIC_DEPTH)
     near = labels(kind=Kind.AFFINE_DISPARITY, truth=False)
     with pytest.raises(
-        ValueError, match=r"labels by t \(affine_disparity\) have no applicable term of .loss.: silog needs metric"
+        ValueError, match=r"labels by t \(affine_disparity\) have no applicable .loss. term: silog needs metric"
     ):
         objective(PRED, near)
     with pytest.raises(ValueError, match=r"every weight of \[loss\] is 0"):
