@@ -261,7 +261,7 @@ def test_numbers_that_no_network_has_are_said(tmp_path, change, said):
 def test_more_bytes_than_a_header_tells_are_not_fewer(tmp_path):
     safetensors.torch.save_file({"a.weight": torch.ones(3)}, tmp_path / "a.safetensors")
     whole = (tmp_path / "a.safetensors").read_bytes()
-    for data, said in ((whole + bytes(24), "has 24 bytes behind its tensors"), (whole[:-4], "is cut short")):
+    for data, said in ((whole + bytes(24), "has 24 bytes after its tensors"), (whole[:-4], "is cut short")):
         (tmp_path / "a.safetensors").write_bytes(data)
         with pytest.raises(WeightsMismatchError, match=said):
             read_state(tmp_path / "a.safetensors")

@@ -199,7 +199,7 @@ def test_missing_packages_are_said_before_anything_is_loaded(tmp_path, monkeypat
     monkeypatch.setattr(checkpoint, "load", lambda *given, **options: pytest.fail("loaded"))
     checkpoint.save(small(), tmp_path / "s")
     assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--onnx"]) == 2
-    assert "onnxruntime is not installed; pip install 'depth-distill[export]'" in " ".join(
+    assert "onnxruntime is not installed; run pip install 'depth-distill[export]'" in " ".join(
         capsys.readouterr().err.split()
     )
 

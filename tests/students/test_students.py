@@ -30,7 +30,7 @@ def test_options_of_the_wrong_kind_are_named():
         (
             {"decoder": "dpt1"},
             LookupError,
-            r"did you mean dpt\?; there are dav2, dpt, dual_dpt, midas, sdt",
+            r"did you mean dpt\?; available: dav2, dpt, dual_dpt, midas, sdt",
         ),
         ({"encoder_options": {"block": [1]}}, ValueError, "unknown key encoder_options.block; did you mean blocks"),
         ({"decoder_options": {"width": 3}}, ValueError, "unknown key decoder_options.width"),
