@@ -174,8 +174,8 @@ def _magnitudes(model: Any, images: Sequence[Tensor]) -> dict[str, float]:
     for image in images:
         maxima = session.run([f"{name}:top" for name in floats], {session.get_inputs()[0].name: image.numpy()})
         for name, value in zip(floats, maxima, strict=True):
-            top = float(value)
-            tops[name] = max(tops.get(name, 0.0), top if math.isfinite(top) else math.inf)  # max(0, NaN) would be 0
+            measured = float(value)
+            tops[name] = max(tops.get(name, 0.0), measured if math.isfinite(measured) else math.inf)  # max(0, NaN) is 0
     for node in model.graph.node:
         for name in known & moved & set(node.output):
             tops[name] = max((tops[x] for x in node.input if x in tops), default=0.0)
