@@ -129,7 +129,7 @@ def _launch_apart() -> bool:
         from distill.losses.kernels import select
     except Exception:  # noqa: BLE001  the caller reports this failure already
         return False
-    before, select.APART = select.APART, True
+    before, select.SEPARATE_LAUNCHES = select.SEPARATE_LAUNCHES, True
     return not before
 
 

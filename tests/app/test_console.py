@@ -186,3 +186,8 @@ def test_a_process_without_streams_has_a_console(monkeypatch):
     made["say"]("nobody hears it")
     for stream in (sys.stdout, sys.stderr):
         stream.close()
+
+
+def test_a_number_that_is_none_does_not_end_the_work():
+    words = console._words({"eta_s": float("nan"), "free_bytes": float("inf"), "loss": float("nan"), "age_s": 3700.0})
+    assert words.startswith("eta s nan") and words.endswith("age 1:01:40")

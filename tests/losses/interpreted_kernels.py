@@ -253,7 +253,7 @@ def mend_the_interpreter() -> None:
 def main() -> None:
     mend_the_interpreter()
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about numbers that the kernels mask
-    select.APART, select.BLOCK, select.GRAIN, gradient.BLOCK = True, 256, 256, 256
+    select.SEPARATE_LAUNCHES, select.BLOCK, select.GRAIN, gradient.BLOCK = True, 256, 256, 256
     gradient.TALL, gradient.WIDE, gradient.LINES = 16, 8, 8
     for name, check in list(globals().items()):
         if name.startswith("check_"):

@@ -187,7 +187,7 @@ def test_medians_of_bins_of_any_width_on_the_card(loud, monkeypatch):
     for levels in ((1,), (1, 2, 4)):
         found = []
         for apart in (False, True, False):
-            monkeypatch.setattr(select, "APART", apart)
+            monkeypatch.setattr(select, "SEPARATE_LAUNCHES", apart)
             found.append(select.context_statistics(label, values, valid, select.Cut(levels)).statistics.clone())
             assert torch.equal(found[-1][:, select.MEDIAN, 0], medians)
         written = slice(select.LABEL_MEDIAN, select.BALANCE + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import numpy as np
 import pytest
@@ -84,6 +85,18 @@ def test_float16_keeps_what_overflows_and_halves_the_rest(tmp_path):
     assert found_kinds["side"] == single, "sizes are positions, not contents"
     weights = {t.name: t.data_type for t in half.graph.initializer}
     assert weights["w0:half"] == short and "w0" not in weights
+
+
+def test_what_is_nan_inside_stays_float32():
+    """max(0, NaN) is 0, by which a tensor that holds NaN would look small enough for float16."""
+    net = graph(
+        [("Sqrt", ["images"], "root", {}), ("ReduceMax", ["root"], "disparity", {"keepdims": 0})],
+        {},
+    )
+    images = torch.full((1, 3, 8, 8), -1.0)
+    assert onnx_precision._magnitudes(net, [images])["root"] == math.inf
+    assert onnx_precision._magnitudes(net, [images.abs()])["root"] == 1.0
+    assert onnx_precision._magnitudes(net, [images, images.abs()])["root"] == math.inf
 
 
 def test_float16_keeps_sampling_grids_whole(tmp_path):

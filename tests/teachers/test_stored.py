@@ -86,3 +86,9 @@ class TestStored:
         for key in ("sa_1-1.local3", "sa_9-0", "sa_1-1.left"):
             with pytest.raises(LookupError, match="has no"):
                 teacher.predict(torch.rand(1, 3, PATCH, PATCH), keys=[key])
+
+
+def test_a_kind_that_settings_do_not_know_names_its_file(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"kind": "depth"}))
+    with pytest.raises(ValueError, match=r"settings.json: kind = 'depth' is not one of metric_depth"):
+        stored.Teacher.load(str(tmp_path))

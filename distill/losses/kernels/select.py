@@ -16,8 +16,8 @@ Passes over pixels are in digits.py, the work per context in between in picks.py
 are summed in a fixed order, so that results are bitwise deterministic.
 
 Programs that synchronize must run concurrently: a cooperative launch of as many as the card holds, which loop over
-pieces of images. Where that is impossible (Triton's interpreter runs programs one after another), APART launches each
-step separately. Shapes: B images, N pixels of each, C contexts, F finest parts; maps: the label and, optionally, the
+pieces of images. Where that is impossible (Triton's interpreter runs programs one after another), SEPARATE_LAUNCHES gives
+each step a launch. Shapes: B images, N pixels of each, C contexts, F finest parts; maps: the label and, optionally, the
 prediction.
 """
 
@@ -44,7 +44,7 @@ CHUNK = 256
 # Words of the scratch before the images': the barrier's counter, and the contexts that are left after step 5.
 COUNTERS = 16
 # Launch each step separately.
-APART = False
+SEPARATE_LAUNCHES = False
 # Multiplications and additions are not fused, so that equal label and prediction have the difference 0.
 HOW = {"num_warps": 8, "enable_fp_fusion": False}
 # Without this limit the compiler uses so many registers that one block fills a multiprocessor.
@@ -294,7 +294,7 @@ def context_statistics(
     """
     images, maps, programs = len(target), 1 if pred is None else 2, _programs(target.device)
     pixels = target.numel() // images
-    words, rows, (first, *steps) = _kernels(cut, maps, label, keep, BLOCK, APART)
+    words, rows, (first, *steps) = _kernels(cut, maps, label, keep, BLOCK, SEPARATE_LAUNCHES)
     pieces, length = pieces_of(images, pixels, programs, GRAIN)
     size = words + maps * (2 + cut.contexts) * pieces
     scratch = valid.new_empty(COUNTERS + images * size, dtype=torch.int32)
