@@ -16,8 +16,8 @@ Passes over pixels are in digits.py, the work per context in between in picks.py
 are summed in a fixed order, so that results are bitwise deterministic.
 
 Programs that synchronize must run concurrently: a cooperative launch of as many as the card holds, which loop over
-pieces of images. Where that is impossible (Triton's interpreter runs programs one after another), SEPARATE_LAUNCHES gives
-each step a launch. Shapes: B images, N pixels of each, C contexts, F finest parts; maps: the label and, optionally, the
+pieces of images. Where that is impossible (Triton's interpreter runs programs one after another), SEPARATE_LAUNCHES
+gives each step a launch. Shapes: B images, N pixels of each, C contexts, F finest parts; maps: the label and, optionally, the
 prediction.
 """
 
