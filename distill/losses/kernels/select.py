@@ -17,8 +17,8 @@ are summed in a fixed order, so that results are bitwise deterministic.
 
 Programs that synchronize must run concurrently: a cooperative launch of as many as the card holds, which loop over
 pieces of images. Where that is impossible (Triton's interpreter runs programs one after another), SEPARATE_LAUNCHES
-gives each step a launch. Shapes: B images, N pixels of each, C contexts, F finest parts; maps: the label and, optionally, the
-prediction.
+gives each step a launch. Shapes: B images, N pixels of each, C contexts, F finest parts; maps: the label and,
+optionally, the prediction.
 """
 
 from __future__ import annotations
