@@ -28,6 +28,7 @@ from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.core import crops
 from distill.core.depth import DepthMap, Kind
+from distill.core.division import unit_range
 from distill.core.focal import resized
 from distill.core.plugins import file_hashes
 from distill.data.corruptions import Corruptions
@@ -195,7 +196,7 @@ def _view(entry: Entry, side: int) -> tuple[Tensor, DepthMap, float]:
 
 
 def _image(entry: Entry, side: int) -> Tensor:
-    return _view(entry, side)[0].float() / 255
+    return unit_range(_view(entry, side)[0])
 
 
 def _truth(entry: Entry, side: int) -> DepthMap:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.core.depth import Kind
+from distill.core.division import unit_range
 from distill.core.plugins import find
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.fit import NoGroundTruthError, measure
@@ -100,7 +101,7 @@ def _of_labels(folder: Path) -> list[BenchmarkSample]:
         return BenchmarkSample(
             dataset.keys[i],
             f"{i}.npy",
-            lambda: dataset.get(i, []).image.float() / 255.0,
+            lambda: unit_range(dataset.get(i, []).image),
             lambda: dataset.get(i, [name]).labels[name].shared,
         )
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.core.crop_settings import CropSettings
+from distill.core.division import divide
 from distill.core.resample import read_boxes
 
 
@@ -168,7 +169,7 @@ def sample_boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor
     interpolation would be extrapolation, and a linear ramp would no longer be exact.
     """
     height, width = maps.shape[1:]
-    centres = (torch.arange(size, device=maps.device, dtype=maps.dtype) + 0.5) / size
+    centres = divide(torch.arange(size, device=maps.device, dtype=maps.dtype) + 0.5, size)
     top, left, bottom, right = (boxes[..., i, None].to(maps) for i in range(4))
     rows = top + (bottom - top) * centres
     columns = left + (right - left) * centres
@@ -190,6 +191,6 @@ def student_blocks(boxes: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
     sides = (boxes[..., 2:] - boxes[..., :2]).double()
     number = min(size, math.ceil(float(sides.amax()) * size - 1e-4)) if boxes.numel() else 0
     first = torch.ceil(boxes[..., :2].double() * size - 0.5 - 1e-4).clamp(0, size - number)
-    blocks = torch.cat([first, first + number], -1) / size
+    blocks = divide(torch.cat([first, first + number], -1), size)
     within = (blocks - boxes[..., :2].repeat(1, 1, 2)) / sides.clamp(min=1e-9).repeat(1, 1, 2)
     return blocks.to(boxes), within.to(boxes), number

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from distill.core import files, machine
 from distill.core.depth import DepthMap, Kind
+from distill.core.division import unit_range
 from distill.core.plugins import find as find_plugin
 from distill.core.plugins import option_faults
 from distill.core.progress import Report
@@ -78,7 +79,7 @@ class Estimator:
         images = checked(images)
         batch = images[None] if images.ndim == 3 else images
         focal_option: Any = {"focal": focal} if self.takes_focal and focal is not None else {}
-        return self._teacher.predict(batch.float() / 255.0 if batch.dtype == torch.uint8 else batch, **focal_option)
+        return self._teacher.predict(unit_range(batch) if batch.dtype == torch.uint8 else batch, **focal_option)
 
 
 def load(

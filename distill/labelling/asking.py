@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.core.codes import CodedMaps, encode_linear
 from distill.core.depth import DepthMap, Kind
+from distill.core.division import unit_range
 from distill.teachers import Teacher
 
 IN_FLIGHT = 2  # batches that are asked before the first answer is taken; bounds the memory
@@ -65,7 +66,7 @@ class HostAsking:
         self, name: str, teacher: Teacher, crops: Sequence[Tensor], keys: Sequence[str], *, filled: bool = True
     ) -> Pending:
         """The teacher's maps of crops (3,S,S) uint8. filled: ignored."""
-        depth = predict(name, teacher, torch.stack(list(crops)).float() / 255.0, keys).to("cpu")
+        depth = predict(name, teacher, unit_range(torch.stack(list(crops))), keys).to("cpu")
         nan = (torch.isnan(depth.values) & depth.valid).flatten(1).sum(1).tolist()
         stored = self.store(depth)
         answer = Answer([stored[i : i + 1] for i in range(len(stored))], depth.kind, nan)
@@ -117,13 +118,13 @@ class DeviceAsking:
         for row, crop in zip(host, crops, strict=True):
             row.copy_(crop.movedim(0, -1))
         if not self.cuda:
-            return host.permute(0, 3, 1, 2).float() / 255.0
+            return unit_range(host.permute(0, 3, 1, 2))
         with torch.cuda.stream(self.up):
             images = host.to(self.device, non_blocking=True)
         stream = torch.cuda.current_stream(self.device)
         stream.wait_stream(self.up)
         images.record_stream(stream)
-        return images.permute(0, 3, 1, 2).float() / 255.0
+        return unit_range(images.permute(0, 3, 1, 2))
 
     def _fetch(self, back: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
         """Starts copying tensors to page-locked memory; returns the copies and a function that waits for them."""

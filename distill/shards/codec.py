@@ -25,6 +25,7 @@ from torch import Tensor
 
 from distill.core.codes import LAST, CodedLabels, CodedMaps
 from distill.core.depth import DepthMap, Kind, cat, least_known
+from distill.core.division import unit_range
 from distill.core.labels import DENSE, Batch, Labels, Supervision
 from distill.shards.codecs import CODECS as CODECS
 from distill.shards.codecs import DEFAULT_CODEC as DEFAULT_CODEC
@@ -72,7 +73,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
                 f"{', '.join(sample.labels)} and {', '.join(names)}, sizes {tuple(sample.image.shape)} and "
                 f"{tuple(samples[0].image.shape)}"
             )
-    images = torch.stack([sample.image for sample in samples]).float() / 255.0
+    images = unit_range(torch.stack([sample.image for sample in samples]))
     return Batch(
         tuple(sample.key for sample in samples),
         images,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from distill.core import files
+from distill.core.division import unit_range
 from distill.core.progress import Report
 from distill.shards.codec import VERSION
 from distill.shards.shards import ShardWriter, members_of, read_json, shard_index
@@ -66,7 +67,7 @@ def write_features(
             chosen = range(start, min(start + PER_TAR, len(keys)))
             with ShardWriter(path) as writer:
                 for batch in (chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)):
-                    images = torch.stack([image_of(index) for index in batch]).float() / 255.0
+                    images = unit_range(torch.stack([image_of(index) for index in batch]))
                     _add(writer, [keys[index] for index in batch], encode(images), "")
                     if mirrored:
                         _add(writer, [keys[index] for index in batch], encode(images.flip(-1)), MIRRORED)

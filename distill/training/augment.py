@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distill.core.crops import generator, resize
 from distill.core.depth import DepthMap, Kind
+from distill.core.division import divide
 from distill.core.labels import Batch, Labels
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -139,7 +140,7 @@ def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: 
 def _in_region(boxes: Tensor, patch: int) -> Tensor:
     """(B*N,P,P) bool: which pixels of each patch have their centre inside the region."""
     flat = boxes.reshape(-1, 4)
-    centres = (torch.arange(patch, dtype=boxes.dtype, device=boxes.device) + 0.5) / patch
+    centres = divide(torch.arange(patch, dtype=boxes.dtype, device=boxes.device) + 0.5, patch)
     top, left, bottom, right = (flat[:, i, None] for i in range(4))
     rows = top + (bottom - top) * centres
     columns = left + (right - left) * centres

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.core.codes import CodedLabels, stack
+from distill.core.division import unit_range
 from distill.core.labels import Batch
 from distill.shards.codec import Sample
 from distill.shards.features import FeatureStore, StackedFeatures, stacked
@@ -66,7 +67,7 @@ class StoredBatch:
         for g in self.groups:
             s = settings
             labels = {name: convert_labels(coded.decode(), s.kind, s.keep_unmet) for name, coded in g.labels.items()}
-            batches.append(augmented_batch(g.group, Batch(g.keys, g.images.float() / 255.0, labels), settings))
+            batches.append(augmented_batch(g.group, Batch(g.keys, unit_range(g.images), labels), settings))
         micro = join_groups([g.group for g in self.groups], batches, settings)
         return replace(micro, features=self.features)
 

@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
+from distill.core.division import unit_range
 from distill.core.files import decoded, files_below, inside, leaves_root
 from distill.core.signatures import packer
 from distill.data import maps
@@ -151,7 +152,7 @@ class Files:
     def rgb(self, name: str) -> Tensor:
         """An image as (3,H,W) float32 in [0,1], sRGB, upright."""
         try:
-            return decode(self.read(name)).contiguous().float() / 255.0
+            return unit_range(decode(self.read(name)).contiguous())
         except BadImageError as error:
             raise OSError(f"{self.root}: {name} is not a readable image ({error})") from error
 

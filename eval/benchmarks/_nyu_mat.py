@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.core.division import unit_range
 from distill.data.maps import open_hdf5
 
 NAME = "nyu_depth_v2_labeled.mat"
@@ -62,7 +63,7 @@ def names(path: Path) -> list[str]:
 def rgb(path: Path, name: str) -> Tensor:
     """An image (3,H,W) float32 in [0,1]."""
     image = _read(path, "images", name)  # MATLAB writes columns first: (3,W,H)
-    return torch.from_numpy(np.ascontiguousarray(image.swapaxes(1, 2))).float() / 255.0
+    return unit_range(torch.from_numpy(np.ascontiguousarray(image.swapaxes(1, 2))))
 
 
 def depth(path: Path, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distill.core.depth import DepthMap
+from distill.core.division import unit_range
 from distill.data.sources import Entry, Photo, bundled_photos
 from distill.eval.benchmarks import BenchmarkSample, prediction_path
 from distill.eval.protocol import Protocol, list_hash
@@ -38,7 +39,7 @@ def _photo(entry: Entry) -> Photo:
 
 
 def _image(entry: Entry) -> Tensor:
-    return _photo(entry).rgb.float() / 255.0
+    return unit_range(_photo(entry).rgb)
 
 
 def _focal(entry: Entry) -> float:

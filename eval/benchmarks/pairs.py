@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from distill.core.division import unit_range
 from distill.data.pairs import Pair, read_names, read_pairs
 from distill.eval.benchmarks import BenchmarkSample, prediction_path
 from distill.eval.protocol import Protocol
@@ -44,4 +45,4 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
 
 def _image(pair: Pair) -> Tensor:
     """(3,H,W) float32 in [0,1]."""
-    return pair.rgb().float() / 255.0
+    return unit_range(pair.rgb())

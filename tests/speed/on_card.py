@@ -51,7 +51,7 @@ from distill.training.train import train
 from tests.speed.labelling import make_tar, repeated
 
 LARGE = 32
-"""Batches of at least this size are measured in 41 steps, only with the first decoder and number of patches."""
+"""Batches of at least this size are measured in 61 steps, only with the first decoder and number of patches."""
 
 
 def clock(device: torch.device) -> float:
@@ -137,9 +137,10 @@ def ours(
     device: torch.device,
     features: FeatureStore | None = None,
 ) -> tuple[float, float]:
-    """Seconds per step and the fraction spent waiting for data, from a certain line of the log to the last one.
+    """Seconds per step and the fraction spent waiting for data, between two lines of the log.
 
-    That line is the first at which all slots of the workers are page-locked, if the run is long enough.
+    The first is the first at which all slots of the workers are page-locked, if the run is long enough; the second is
+    the last but one, as the last step also writes a checkpoint.
     """
     log_lines: list[tuple[int, float, float]] = []
 
@@ -149,12 +150,13 @@ def ours(
     with tempfile.TemporaryDirectory() as folder:
         options = {"save": _nothing, "report": report, "features": features}
         train(student, data, Objective(), out=Path(folder), settings=settings, **options)
-    settled = [line for line in log_lines[:-1] if line[0] > SLOTS * settings.workers] or log_lines[:-1]
-    (first, start, _), (last, end, _) = settled[0], log_lines[-1]
+    measured = log_lines[:-1]
+    settled = [line for line in measured[:-1] if line[0] > SLOTS * settings.workers] or measured[:-1]
+    (first, start, _), (last, end, _) = settled[0], measured[-1]
     pairs = itertools.pairwise(log_lines)
     each = [f"{1e3 * (after - before) / (done - seen):.1f}" for (seen, before, _), (done, after, _) in pairs]
     print(f"ms a step between log lines from step {log_lines[0][0]}: {', '.join(each)}")
-    return (end - start) / (last - first), statistics.mean(wait for done, _, wait in log_lines if done > first)
+    return (end - start) / (last - first), statistics.mean(wait for done, _, wait in measured if done > first)
 
 
 @contextlib.contextmanager
@@ -282,7 +284,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=560)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8])
     parser.add_argument("--encoder", default="dinov3_vits16")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=101, help="of 20 between log lines; the last also saves")
     parser.add_argument("--crops-per-image", type=int, default=12)
     parser.add_argument("--labels", type=Path, help="a folder of such labels; made if it is not there")
     parser.add_argument("--codec", choices=list(CODECS), default="zst")
@@ -326,7 +328,7 @@ def main() -> None:
             if size < LARGE:
                 measure(data, decoder, row_settings, given, device)
             elif (patches, decoder) == (given.patches_per_step[0], given.decoders[0]):
-                measure(data, decoder, dataclasses.replace(row_settings, steps=41), given, device)
+                measure(data, decoder, dataclasses.replace(row_settings, steps=61), given, device)
         settings = dataclasses.replace(settings, batch_size=given.batch_sizes[0])
         if given.cached:
             features = stored(data, student_of("sdt_fast", given, True).encoder, device, Path(temporary) / "features")
