@@ -31,7 +31,6 @@ import webdataset
 from torch.utils.data import Dataset
 
 from distill.core import files, machine
-from distill.core.files import file_sha256
 from distill.core.progress import Report
 from distill.core.seal import is_broken
 from distill.data.tars import walk_tar
@@ -47,17 +46,22 @@ from distill.shards.tables import write_manifest as write_manifest
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
+WRITEBACK = 1 << 25  # bytes
+
 
 class _Hashing:
-    """A file that computes the checksum and the number of the bytes written to it."""
+    """A file that computes the checksum and the number of the bytes written to it, and sends them to the disk early."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+        self.file, self.sha256, self.size, self.sent = file, hashlib.sha256(), 0, 0
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        self.size += len(data)
-        return self.file.write(data)
+        self.size, number = self.size + len(data), self.file.write(data)
+        if self.size - self.sent >= WRITEBACK:
+            files.start_writeback(self.file, self.sent, self.size)
+            self.sent = self.size
+        return number
 
     def tell(self) -> int:
         return self.size
@@ -398,7 +402,7 @@ def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> tup
     if pointer := pointer_line(path):
         return None, [pointer]
     problems = []
-    if file_sha256(path) != shard["sha256"]:
+    if files.file_sha256(path) != shard["sha256"]:
         problems.append(f"{path}: its checksum is not the one in {MANIFEST}")
     seen: list[str] = []
     try:

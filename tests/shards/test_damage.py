@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 
+from distill.core import files
 from distill.core.depth import Kind
 from distill.core.seal import is_broken, sealed
 from distill.shards import shards
@@ -31,6 +32,21 @@ def test_nothing_can_be_seen_of_a_tar_that_was_not_finished(tmp_path):
         writer.close()
         assert not list(tmp_path.glob("*.tar"))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tar_goes_to_the_disk_while_it_is_written(tmp_path, monkeypatch):
+    """Each byte once, and in order, so that the sync at its end has little left to do."""
+    sent = []
+    monkeypatch.setattr(shards, "WRITEBACK", 1000)
+    monkeypatch.setattr(files.os, "posix_fadvise", lambda number, start, length, advice: sent.append((start, length)))
+    with ShardWriter(tmp_path / "a-000.tar") as writer:
+        for i in range(5):
+            writer.add(f"k-{i}", [(f"k-{i}.jpg", bytes(700))])
+        assert writer.aside.stat().st_size == sum(length for _, length in sent)
+        size = writer.close()["bytes"]
+    starts = [start for start, _ in sent]
+    assert len(sent) > 2 and starts == [sum(length for _, length in sent[:i]) for i in range(len(sent))]
+    assert size - 11_000 < starts[-1] + sent[-1][1] <= size
 
 
 def test_a_full_disk_names_the_tar_and_the_way_on(tmp_path, monkeypatch):
