@@ -133,6 +133,16 @@ class Handover:
             piece.of(memory).copy_(tensor)
         return Handed(content, used, reader.id, number)
 
+    def lock(self, device: torch.device, batches: int) -> None:
+        """Page-locks the slots of that many batches, tens of milliseconds each, while the first batch is being read.
+
+        Other slots are locked at their first use.
+        """
+        readers = range(len(self.free))
+        for reader, number in [(reader, number) for number in range(SLOTS) for reader in readers][:batches]:
+            if device.type != "cuda" or not self._lock(self.slot(reader, number), device):
+                return
+
     def take(self, handed: Handed, device: torch.device) -> Any:
         """The batch on a device; on CUDA the copy is queued in the current stream, and `release` waits for it."""
         memory = self.slot(handed.reader, handed.slot)

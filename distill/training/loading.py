@@ -210,11 +210,13 @@ def loader_of(
     readers: Readers,
     *,
     pinned: bool = False,
+    started: Callable[[], None] | None = None,
     end: Callable[[], None] | None = None,
 ) -> Generator[Any, None, None]:
     """Yields the collated batches, prefetched by `readers`; raises a result that is an Exception.
 
-    end: called when no more batches are taken, before waiting for the processes.
+    started: called once the processes are reading, before waiting for a batch. end: called when no more batches are
+    taken, before waiting for the processes.
     """
     workers = readers.processes
     loader: DataLoader[Any] = DataLoader(
@@ -229,6 +231,8 @@ def loader_of(
     )
     items, over = iter(loader), object()
     try:
+        if started is not None:
+            started()
         while True:
             with explain_dead_workers():
                 item = next(items, over)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -121,7 +122,8 @@ def stored_batches(
         yield from _on_device(source, number, None, settings, device)
         return
     with handover.held():
-        source = loader_of(samples, positions, Giving(collate, handover), readers, end=handover.end)
+        started = partial(handover.lock, device, number)
+        source = loader_of(samples, positions, Giving(collate, handover), readers, started=started, end=handover.end)
         yield from _on_device(source, number, handover, settings, device)
 
 

@@ -173,6 +173,35 @@ def test_pages_are_asked_for_once_and_given_back_by_a_broken_card_too(monkeypatc
     assert (card.given_back, card.waited_for) == (([], []) if refuses else (card.asked, [CPU]))
 
 
+@pytest.mark.parametrize(("batches", "refuses", "locked"), [(3, False, 3), (9, False, 4), (9, True, 1)])
+def test_pages_are_locked_while_the_first_batch_is_read(monkeypatch, labels, batches, refuses, locked):
+    """In the order in which batches come: every process's first slot, then every second one."""
+    card, handover = Card(refuses), Handover(2, 1 << 20)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: card)
+    monkeypatch.setattr(torch.cuda, "synchronize", card.synchronize)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: None)
+    slots = [handover.slot(reader, number).data_ptr() for number in range(SLOTS) for reader in range(2)]
+    samples, before = StreamSamples(labels, SETTINGS, learning=True, coded=True), []
+
+    def started():
+        handover.lock(torch.device("cuda", 0), batches)
+        before.extend(card.asked)
+
+    with handover.held():
+        given = loader_of(
+            samples,
+            positions_of(labels),
+            Giving(collate_stored, handover),
+            Readers(2),
+            started=started,
+            end=handover.end,
+        )
+        first = next(given)
+        assert before == slots[:locked] and isinstance(first, Handed) and (first.reader, first.slot) == (0, 0)
+        given.close()
+    assert card.given_back == ([] if refuses else slots[:locked])
+
+
 def no_space(size):
     raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
