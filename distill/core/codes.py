@@ -1,14 +1,16 @@
 """Maps as integer codes, each map with its own range: the form that shards store and that moves between devices.
 
-A code takes two bytes, where a value and its validity take five. Every step here is an exact IEEE operation in a kernel
-of its own, so a map coded or decoded on a GPU has the same bits as on the CPU.
+A code takes two bytes, where a value and its validity take five. Every step here is one IEEE operation, rounded once,
+so a map coded or decoded on a GPU has the same bits as on the CPU.
 
 Shapes: B maps, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,14 +53,45 @@ class CodedMaps:
 
     def decode(self) -> DepthMap:
         """The values in float32, zero where invalid: bit-identical to `distill.shards.codec.decode_map`."""
-        # A lookup table of float32 values per map costs less than float64 arithmetic per pixel.
         units = units_of(self.codec, self.codes.device)
-        span = (self.high - self.low)[:, None]
-        tables = torch.nan_to_num(self.low[:, None] + units * span).float()
-        codes = self.codes.to(torch.int32)
-        starts = torch.arange(len(codes), dtype=torch.int32, device=codes.device) * len(units)
-        values = tables.flatten()[codes + starts[:, None, None]]
-        return DepthMap(values, torch.isfinite(units)[codes], self.kind)
+        fused = _fused_decode(self.codes.device) if self.codes.is_cuda else None
+        values, valid = (fused or decode_values)(self.codes, self.low, self.high, units)
+        return DepthMap(values, valid, self.kind)
+
+
+def decode_values(codes: Tensor, low: Tensor, high: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+    """Values (B,H,W) float32 and valid (B,H,W) bool of codes (B,H,W) uint16.
+
+    low, high: (B,) float64. units: (65536,) float64, as for `register`.
+    """
+    span, wide = (high - low)[:, None], codes.to(torch.int32)
+    valid = torch.isfinite(units)[wide]
+    if codes[:1].numel() < len(units):
+        flat = torch.nan_to_num(low[:, None] + units[wide.flatten(1)] * span)
+        return flat.float().reshape(codes.shape), valid
+    # For a large map a table of its float32 values costs less than float64 arithmetic per pixel.
+    tables = torch.nan_to_num(low[:, None] + units * span).float()
+    starts = torch.arange(len(codes), dtype=torch.int32, device=codes.device) * len(units)
+    return tables.flatten()[wide + starts[:, None, None]], valid
+
+
+@functools.cache
+def _fused_decode(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel that decodes on a GPU; None, with one warning, where it fails or has other bits than torch."""
+    try:
+        from distill.core import codes_kernel
+
+        example = [x.to(device) for x in codes_kernel.example()]
+        pairs = zip(codes_kernel.decode_values(*example), decode_values(*example), strict=True)
+        if all(torch.equal(ours, expected) for ours, expected in pairs):
+            return codes_kernel.decode_values
+        reason = "it has other bits"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, torch is the fallback
+        reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
+    warnings.warn(f"the kernel that decodes labels fails here ({reason}): using the slower torch code", stacklevel=4)
+    return None
 
 
 def join(maps: Sequence[CodedMaps]) -> CodedMaps:

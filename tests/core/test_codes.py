@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
-from distill.core.codes import CodedMaps, encode_linear
+from distill.core import codes
+from distill.core.codes import CodedMaps, decode_values, encode_linear
 from distill.core.depth import Kind
 from distill.shards.codec import CODECS, decode_map, encode_map
 
@@ -57,3 +63,45 @@ def test_decoding_a_batch_has_the_bits_of_the_codec(codec, case):
     for i, (data, span) in enumerate(encoded):
         expected, known = decode_map(data, span, codec=codec)
         assert torch.equal(depth.values[i], expected) and torch.equal(depth.valid[i], known)
+
+
+@pytest.mark.parametrize("interpret", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_kernel_for_gpus(interpret):
+    """Interpreted: the bits of the torch code. Compiled: nothing in it is rounded otherwise than there."""
+    pytest.importorskip("triton")
+    here = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    here |= {"CUDA_VISIBLE_DEVICES": ""} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    done = subprocess.run([sys.executable, "-m", "tests.core.codes_kernel"], env=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_where_the_kernel_cannot_run_torch_decodes_after_one_warning():
+    """Here it cannot: there is no GPU, or no Triton."""
+    codes._fused_decode.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert [codes._fused_decode(torch.device("cpu")) for _ in range(2)] == [None, None]
+    codes._fused_decode.cache_clear()
+    (message,) = [str(one.message) for one in said if "decodes labels" in str(one.message)]
+    assert "using the slower torch code" in message and "\n" not in message
+
+
+def test_small_and_large_maps_are_decoded_alike():
+    """Directly, or by a table of all values."""
+    every = torch.arange(65536 + 16).remainder(65536).to(torch.uint16)[None, None]
+    low, high = torch.tensor([-1.7], dtype=torch.float64), torch.tensor([3.1], dtype=torch.float64)
+    units = codes.units_of("zst", torch.device("cpu"))
+    values, valid = decode_values(every, low, high, units)
+    parts = [decode_values(part, low, high, units) for part in every.split(1000, dim=2)]
+    assert torch.equal(values, torch.cat([part[0] for part in parts], 2))
+    assert torch.equal(valid, torch.cat([part[1] for part in parts], 2)) and not valid[0, 0, 0]
+
+
+@pytest.mark.cuda
+def test_a_card_decodes_with_the_kernel_and_the_bits_of_a_cpu(card):
+    from distill.core.codes_kernel import example
+
+    given = example()
+    assert (fused := codes._fused_decode(torch.device(card))) is not None
+    for ours, theirs in zip(fused(*(x.to(card) for x in given)), decode_values(*given), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
