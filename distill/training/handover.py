@@ -143,14 +143,17 @@ class Handover:
             if device.type != "cuda" or not self._lock(self.slot(reader, number), device):
                 return
 
-    def take(self, handed: Handed, device: torch.device) -> Any:
-        """The batch on a device; on CUDA the copy is queued in the current stream, and `release` waits for it."""
+    def take(self, handed: Handed, device: torch.device) -> tuple[Any, Tensor]:
+        """The batch on a device, and the memory there of which all its tensors are views.
+
+        On CUDA the copy is queued in the current stream.
+        """
         memory = self.slot(handed.reader, handed.slot)
         on_device, filled = torch.empty(handed.used, dtype=torch.uint8, device=device), memory[: handed.used]
         if device.type == "cuda" and not self._lock(memory, device):
             filled = filled.pin_memory()  # one more copy, as a copy from pageable memory would block
         on_device.copy_(filled, non_blocking=True)
-        return mapped(handed.content, Piece, lambda piece: piece.of(on_device))
+        return mapped(handed.content, Piece, lambda piece: piece.of(on_device)), on_device
 
     def release(self, handed: Handed) -> None:
         """Lets the slot be filled again; its bytes must have been copied."""

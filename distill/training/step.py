@@ -124,7 +124,7 @@ class TrainingRun:
     seconds: float = 0.0
     waited: float = 0.0
     steps_here: int = 0
-    broken: Tensor | None = None
+    finite: Tensor | None = None
     last_reported: tuple[float, float, int] = (0.0, 0.0, 0)
 
     def since(self, seconds: float, waited: float) -> tuple[float, float, int]:
@@ -257,10 +257,11 @@ def _guard(run: TrainingRun, norm: Tensor) -> None:
     """Makes the optimizer's kernel skip all updates from the first non-finite gradient on. In steps without a log line
     nothing else checks it; `norm` becomes NaN, so that the next line reports it.
     """
-    broken = (~torch.isfinite(norm)).float()
-    run.broken = broken if run.broken is None else torch.maximum(run.broken, broken)
-    run.optimizer.found_inf = run.broken  # type: ignore[attr-defined]
-    norm.copy_(torch.where(run.broken > 0, torch.nan, norm))
+    finite = norm < torch.inf  # False for NaN too: one kernel, where isfinite takes four
+    run.finite = finite if run.finite is None else run.finite & finite
+    broken = ~run.finite
+    run.optimizer.found_inf = broken.float()  # type: ignore[attr-defined]
+    norm.masked_fill_(broken, torch.nan)
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -142,16 +142,20 @@ def _on_device(
     stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
     sent: list[tuple[Handed, Any]] = []
 
-    def send(batch: StoredBatch | Handed) -> StoredBatch:
+    def send(batch: StoredBatch | Handed) -> tuple[StoredBatch, list[Tensor]]:
         with torch.cuda.stream(stream):
             if handover is None or not isinstance(batch, Handed):
-                return cast(StoredBatch, mapped(batch, Tensor, lambda x: x.to(device, non_blocking=True)))
-            received: StoredBatch = handover.take(batch, device)
+                moved = cast(StoredBatch, mapped(batch, Tensor, lambda x: x.to(device, non_blocking=True)))
+                return moved, tensors_of(moved)
+            received, memory = handover.take(batch, device)
             sent.append((batch, None if stream is None else stream.record_event()))
-            return received
+            return received, [memory]
 
-    def following() -> tuple[StoredBatch | None, float]:
-        """Sends the next batch; returns it and the seconds spent waiting for it. Frees the slot of the one before."""
+    def following() -> tuple[StoredBatch | None, list[Tensor], float]:
+        """Sends the next batch; returns it, its memory and the seconds spent waiting for it.
+
+        Frees the slot of the one before.
+        """
         for batch, arrival in sent:
             if arrival is not None:
                 arrival.synchronize()
@@ -161,16 +165,16 @@ def _on_device(
         start = time.perf_counter()
         read = next(batches, None)
         waited = time.perf_counter() - start
-        return (None if read is None else send(read)), waited
+        return *((None, []) if read is None else send(read)), waited
 
-    next_batch, waited = following()
+    next_batch, memory, waited = following()
     while next_batch is not None:
         if stream is not None:
             current = torch.cuda.current_stream(device)
             current.wait_stream(stream)
-            for tensor in tensors_of(next_batch):
+            for tensor in memory:
                 tensor.record_stream(current)
         micro = next_batch.ready(settings)
-        next_batch, waited_next = following()
+        next_batch, memory, waited_next = following()
         yield replace(micro, waited=waited + waited_next)
         waited = 0.0
