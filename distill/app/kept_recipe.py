@@ -47,7 +47,7 @@ def kept_recipe(recipe: Recipe) -> Iterator[None]:
     # Workers on several machines are each a first process, and write at the same time.
     aside = f".{secrets.token_hex(6)}"
     files.write_text(path, dumps(recipe), suffix=aside)
-    for name in recipe.unjudged:
+    for name in recipe.ignored:
         note(f"[{name}] has faults, which this command ignores; `distill show` lists them")
     try:
         yield

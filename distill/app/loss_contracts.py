@@ -12,7 +12,7 @@ from distill.core.labels import Labels
 from distill.core.plugins import find
 from distill.losses.normalize import Comparison
 from distill.losses.settings import term_facts
-from distill.losses.terms import NEEDS, Given
+from distill.losses.terms import NEEDS, TermInputs
 
 
 def _maps() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -75,7 +75,7 @@ def says_its_key(subject: Subject) -> None:
     )
 
 
-def _given(subject: Subject, *, spoilt: bool = False, rows: int = 3) -> Given:
+def _inputs(subject: Subject, *, spoilt: bool = False, rows: int = 3) -> TermInputs:
     """Three images of a kind that meets every need, the last without a valid pixel."""
     g = torch.Generator().manual_seed(0)
     valid = torch.rand(3, 16, 16, generator=g) > 0.3
@@ -84,7 +84,7 @@ def _given(subject: Subject, *, spoilt: bool = False, rows: int = 3) -> Given:
     values, pred = (1.0 + torch.rand(3, 16, 16, generator=g) for _ in range(2))
     features, reference = (torch.rand(3, 4, 2, 2, generator=g) - 0.5 for _ in range(2))
     shared = DepthMap(torch.where(valid, values, torch.nan) if spoilt else values, valid, kind)[:rows]
-    return Given(
+    return TermInputs(
         pred=pred[:rows].requires_grad_(),
         labels=Labels(shared, shared, torch.tensor([[[0.0, 0.0, 1.0, 1.0]]] * rows)),
         features=features[:rows].requires_grad_(),
@@ -96,8 +96,8 @@ def _given(subject: Subject, *, spoilt: bool = False, rows: int = 3) -> Given:
 
 
 def one_number_per_image(subject: Subject) -> None:
-    """`term(given)` gives one value per image, (B,), whatever the other images are."""
-    whole, alone = (subject.module.term(_given(subject, rows=rows)) for rows in (3, 1))
+    """`term(inputs)` gives one value per image, (B,), whatever the other images are."""
+    whole, alone = (subject.module.term(_inputs(subject, rows=rows)) for rows in (3, 1))
     require(tuple(whole.shape) == (3,), f"three images gave {tuple(whole.shape)}")
     require(bool(torch.isfinite(whole).all()), f"it gave {whole.tolist()}")
     require(torch.allclose(whole[:1], alone), f"the first image gave {whole[0]:.6g}, but {alone[0]:.6g} alone")
@@ -105,14 +105,14 @@ def one_number_per_image(subject: Subject) -> None:
 
 def only_labelled_pixels_teach(subject: Subject) -> None:
     """An invalid pixel never counts, NaN included, an image without any valid one gives 0 unless only features matter, and the gradient is finite."""  # noqa: E501 - the promise is one line
-    plain, given = _given(subject), _given(subject, spoilt=True)
-    clean, spoilt = subject.module.term(plain), subject.module.term(given)
+    plain, marked = _inputs(subject), _inputs(subject, spoilt=True)
+    clean, spoilt = subject.module.term(plain), subject.module.term(marked)
     require(torch.allclose(clean, spoilt), f"NaN outside turned {clean.tolist()} into {spoilt.tolist()}")
     if "features" not in subject.module.NEEDS:
         empty = float(spoilt[2].detach())
         require(empty == 0.0, f"an image without valid pixels gave {empty:.6g}")
     spoilt.sum().backward()
-    gradients = [one.grad for one in (given.pred, given.features) if one is not None and one.grad is not None]
+    gradients = [one.grad for one in (marked.pred, marked.features) if one is not None and one.grad is not None]
     require(gradients, "neither the prediction nor the features get a gradient")
     require(all(bool(torch.isfinite(one).all()) for one in gradients), "the gradient is not finite")
 

@@ -44,7 +44,7 @@ USES = {
 class Recipe:
     """One experiment; every command takes the tables it needs.
 
-    unjudged: faulty tables, as written, that the command does not use; the fields have the defaults instead.
+    ignored: faulty tables, as written, that the command does not use; the fields have the defaults instead.
     """
 
     run: RunSettings
@@ -59,7 +59,7 @@ class Recipe:
     benchmarks: tuple[BenchmarkSettings, ...] = ()
     score: ScoreSettings = field(default_factory=ScoreSettings)
     compare: CompareSettings = field(default_factory=CompareSettings)
-    unjudged: Mapping[str, Any] = field(default_factory=dict, metadata={"key": False})
+    ignored: Mapping[str, Any] = field(default_factory=dict, metadata={"key": False})
 
 
 def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
@@ -182,13 +182,13 @@ def parse(table: Mapping[str, Any], *, where: str = "recipe", uses: Collection[s
     """
     known = {f.name for f in fields(Recipe) if f.metadata.get("key", True)}
     unused = {key for key in table if uses is not None and key in known and key not in uses}
-    unjudged = {key: table[key] for key in unused if not _is_sound(key, table[key])}
-    judged = {key: value for key, value in table.items() if key not in unjudged}
-    recipe = parse_into(Recipe, judged, where=where, renamed=RENAMED, renamed_values=RENAMED_VALUES)
+    ignored = {key: table[key] for key in unused if not _is_sound(key, table[key])}
+    sound = {key: value for key, value in table.items() if key not in ignored}
+    recipe = parse_into(Recipe, sound, where=where, renamed=RENAMED, renamed_values=RENAMED_VALUES)
     used = known if uses is None else set(uses)
     if faults := [line for tables, line in _contradictions(recipe) if used.issuperset(tables)]:
         raise RecipeError("\n".join(f"{where}: {fault}" for fault in faults))
-    return replace(recipe, unjudged=unjudged) if unjudged else recipe
+    return replace(recipe, ignored=ignored) if ignored else recipe
 
 
 def _is_sound(key: str, value: Any) -> bool:
@@ -243,7 +243,7 @@ def _from_home(table: Mapping[str, Any]) -> dict[str, Any]:
 def as_table(settings: Any) -> dict[str, Any]:
     """The resolved recipe, or one of its tables, as plain tables with defaults: what is saved and hashed."""
     table = typing.cast(dict[str, Any], plain(settings))
-    return table | dict(settings.unjudged) if isinstance(settings, Recipe) else table
+    return table | dict(settings.ignored) if isinstance(settings, Recipe) else table
 
 
 def dumps(recipe: Recipe) -> str:

@@ -40,7 +40,7 @@ class Models:
 
     def __init__(self, recipe: Recipe) -> None:
         """Raises FileNotFoundError if there is no student to score, RecipeError for options that no teacher takes."""
-        self.recipe, self.on = recipe, build.device(recipe)
+        self.recipe, self.device = recipe, build.device(recipe)
         self.folder = recipe.run.folder / "train" / "student"
         if recipe.score.student and not self.folder.is_dir():
             raise FileNotFoundError(
@@ -60,14 +60,14 @@ class Models:
 
     def _student(self) -> Any:
         if "student" not in self._loaded:
-            self._loaded["student"] = ({}, build.trained_student_teacher(self.recipe, on=self.on))
+            self._loaded["student"] = ({}, build.trained_student_teacher(self.recipe, on=self.device))
         return self._loaded["student"][1]
 
     def _teacher(self, spec: TeacherSettings, benchmark: BenchmarkSettings) -> Any:
         name, options = f"teacher {spec.alias_or_name}", options_on(spec, benchmark)
         if name not in self._loaded or self._loaded[name][0] != options:
             self._loaded.pop(name, None)  # frees its memory before the next one is loaded
-            self._loaded[name] = (options, teaching.load_teacher(spec, on=self.on, options=options))
+            self._loaded[name] = (options, teaching.load_teacher(spec, on=self.device, options=options))
         return self._loaded[name][1]
 
 

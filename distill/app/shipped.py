@@ -15,14 +15,14 @@ import distill
 from distill.app.strict import RecipeError
 from distill.core.plugins import did_you_mean
 
-Sort = Literal["recipe", "study"]
+FileKind = Literal["recipe", "study"]
 
 FOLDER = Path(distill.__file__).parent / "recipes"
 
 
-def shipped(sort: Sort = "recipe") -> dict[str, Path]:
+def shipped(kind: FileKind = "recipe") -> dict[str, Path]:
     """Every shipped recipe, or study, by the name that `locate` takes, sorted."""
-    return {name: path for name, path in _files().items() if _sort(path) == sort}
+    return {name: path for name, path in _files().items() if _kind_of(path) == kind}
 
 
 def _files() -> dict[str, Path]:
@@ -30,7 +30,7 @@ def _files() -> dict[str, Path]:
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.toml"))}
 
 
-def locate(name: str | Path, sort: Sort = "recipe") -> Path:
+def locate(name: str | Path, kind: FileKind = "recipe") -> Path:
     """The file of a recipe, or study: the local one, else the shipped one.
 
     Raises RecipeError if there is neither, listing what there is, or if it is a study where a recipe is needed, or the
@@ -39,13 +39,13 @@ def locate(name: str | Path, sort: Sort = "recipe") -> Path:
     plain = Path(name).as_posix().removeprefix("recipes/").removesuffix(".toml")
     local = next((file for file in (Path(name), Path(f"{name}.toml")) if file.is_file()), None)
     file = local or _files().get(plain)
-    file_sort = _sort(file) if file else ""
-    if file is None or (not local and file_sort not in ("recipe", "study")):
-        raise RecipeError(_missing(Path(name), plain, list(shipped(sort)), sort))
-    other_sort: Sort = "study" if sort == "recipe" else "recipe"
-    if file_sort == other_sort:
-        verbs = "ablate" if other_sort == "study" else "show, label, train and score"
-        raise RecipeError(f"{file} is a {other_sort}: use it with distill {verbs}")
+    file_kind = _kind_of(file) if file else ""
+    if file is None or (not local and file_kind not in ("recipe", "study")):
+        raise RecipeError(_missing(Path(name), plain, list(shipped(kind)), kind))
+    other_kind: FileKind = "study" if kind == "recipe" else "recipe"
+    if file_kind == other_kind:
+        verbs = "ablate" if other_kind == "study" else "show, label, train and score"
+        raise RecipeError(f"{file} is a {other_kind}: use it with distill {verbs}")
     return file
 
 
@@ -62,18 +62,18 @@ def headline(path: Path) -> str:
     return sentence
 
 
-def _missing(asked: Path, plain: str, known: list[str], sort: Sort) -> str:
+def _missing(asked: Path, plain: str, known: list[str], kind: FileKind) -> str:
     folder = asked.parent
     local_names = (
-        sorted(p.name for p in folder.glob("*.toml") if _sort(p) in (sort, "unreadable")) if folder.is_dir() else []
+        sorted(p.name for p in folder.glob("*.toml") if _kind_of(p) in (kind, "unreadable")) if folder.is_dir() else []
     )
     near = did_you_mean(plain, [*known, *(str(folder / name) for name in local_names)])
-    plural = "recipes" if sort == "recipe" else "studies"
+    plural = "recipes" if kind == "recipe" else "studies"
     local_part = f"; {folder} has {', '.join(local_names[:12])}" if local_names else ""
-    return f"{asked}: no such {sort}{near}{local_part}; shipped {plural}: {', '.join(known)}"
+    return f"{asked}: no such {kind}{near}{local_part}; shipped {plural}: {', '.join(known)}"
 
 
-def _sort(path: Path) -> str:
+def _kind_of(path: Path) -> str:
     """ "recipe", "study", "" for another file (a card), "unreadable" for one whose reader will raise the reason."""
     try:
         keys = tomllib.loads(path.read_text(encoding="utf-8")).keys()

@@ -159,7 +159,7 @@ class Outputs:
         taken = any(_folded(name) in self._taken_names for name in (*names, stem))
         return not collides and not taken and not any(_exists(self.folder / name) for name in names)
 
-    def now(self, job: PredictionJob) -> OutputRecord:
+    def record_of(self, job: PredictionJob) -> OutputRecord:
         """The record of the input in its current state: empty if it is new or has changed; OSError if it is gone."""
         stat = job.path.stat()
         current = OutputRecord(job.stem, str(job.path.resolve()), stat.st_size, stat.st_mtime_ns)

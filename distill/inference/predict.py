@@ -216,7 +216,7 @@ def _check_settings(estimator: Estimator, out: Path, lens: Lens | None) -> None:
 
 def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str], lens: Lens) -> bool:
     """Write one photo's missing outputs; returns False if there are none."""
-    entry = outputs.now(job)
+    entry = outputs.record_of(job)
     missing = outputs.missing(entry, formats)
     if not missing:
         return False
@@ -341,7 +341,7 @@ def _video(
 
     STEM.json is written last and marks the video as complete. The decodable part of a damaged video is kept.
     """
-    entry = outputs.now(job)
+    entry = outputs.record_of(job)
     if not (formats := [name for name in formats if name not in SOLID]):
         raise BadImageError(f"a video has no {', '.join(SOLID)}: give one of its frames, or other formats")
     missing = outputs.missing(entry, formats)

@@ -52,13 +52,13 @@ class PointCloud(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """A pinhole camera: focal lengths and centre in pixels. told: its origin, in words."""
+    """A pinhole camera: focal lengths and centre in pixels. origin: of these numbers, in words."""
 
     fx: float
     fy: float
     cx: float
     cy: float
-    told: str = ""
+    origin: str = ""
 
     @property
     def focal(self) -> float:
@@ -188,7 +188,7 @@ class Lens:
         if self.fov is not None:
             return camera(self.fov, None, height, width)
         assumed = camera(FOV, None, height, width)
-        origin = f"{assumed.told}, assumed: neither --fov nor EXIF says it"
+        origin = f"{assumed.origin}, assumed: neither --fov nor EXIF says it"
         return exif_camera(photo, height, width) or Camera(assumed.fx, assumed.fy, assumed.cx, assumed.cy, origin)
 
 
@@ -200,7 +200,7 @@ def encode(
     z, mask = distances(values, valid, kind, far)
     assumption = f"; its shift is unknown: the farthest point is taken to be {far:g} times as far as the nearest"
     unit = "metres" if kind.unknown == "metric" else "no unit" + (assumption if kind.unknown == "affine" else "")
-    comment = f"{unit}; camera: {lens.told}"
+    comment = f"{unit}; camera: {lens.origin}"
     if name == "glb":
         return glb(surface(z, mask, lens, stride=stride_for(height, width)), rgb, comment)
     stride = stride_for(height, width, MAX_POINTS if name == "ply" else MAX_PAGE_POINTS)

@@ -47,7 +47,7 @@ def context_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Any] | None:
     """As `normalize._contexts`: losses (B,), live and dead contexts (B,), the statistics of the whole image or None.
 
-    pred, target, weight: (B,H,W); valid: (B,H,W) bool. The statistics are the `whole` of `gradient_loss`.
+    pred, target, weight: (B,H,W); valid: (B,H,W) bool. The statistics are the `whole_image` of `gradient_loss`.
     """
     if not (has_kernels(pred) and pred.numel() and max(levels) <= FINEST):
         return None
@@ -66,7 +66,7 @@ def gradient_loss(
     scales: int,
     normalize: bool,
     *,
-    whole: Any,
+    whole_image: Any,
     reference: Callable[..., Tensor],
 ) -> Tensor | None:
     """As `losses.gradient_loss`, (B,). reference: its torch code, which takes the arguments up to `normalize`."""
@@ -75,7 +75,7 @@ def gradient_loss(
     how = (scales, normalize)
     if not _trusted(("gradient", *how), pred.device, lambda device: _try_gradient(device, how, reference)):
         return None
-    return _gradient(pred, target, valid, *how, whole)
+    return _gradient(pred, target, valid, *how, whole_image)
 
 
 def median_and_mean_abs_dev(
@@ -189,14 +189,14 @@ def _contexts(
         return contexts.context_loss(*rows, **how, flat=FLAT, floor=FLOOR, min_pixels=MIN_PIXELS)
 
 
-def _gradient(pred: Tensor, target: Tensor, valid: Tensor, scales: int, normalize: bool, whole: Any) -> Tensor:
+def _gradient(pred: Tensor, target: Tensor, valid: Tensor, scales: int, normalize: bool, whole_image: Any) -> Tensor:
     from distill.losses.kernels import gradient
 
     with torch.cuda.device_of(pred):
         label = target.detach().float().contiguous()
         return gradient.gradient_loss(
             pred.contiguous(), label, _bytes(valid),
-            scales=scales, normalize=normalize, flat=FLAT, floor=FLOOR, found=whole,
+            scales=scales, normalize=normalize, flat=FLAT, floor=FLOOR, found=whole_image,
         )  # fmt: skip
 
 

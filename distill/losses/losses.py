@@ -141,18 +141,18 @@ def squared_loss(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | N
 
 
 def gradient_loss(
-    pred: Tensor, target: Tensor, valid: Tensor, *, scales: int = 4, normalize: bool = True, whole: Any = None
+    pred: Tensor, target: Tensor, valid: Tensor, *, scales: int = 4, normalize: bool = True, whole_image: Any = None
 ) -> Tensor:
     """Multi-scale gradient matching (MiDaS, Eq. 11) on the globally normalized difference, (B,).
 
     At each of `scales` scales the difference is subsampled by 2, 4, ...; |d/dx| + |d/dy| between valid neighbours is
     summed and divided by the scale's number of valid pixels; the scales are added. normalize=False takes the raw
-    difference, for a student trained without normalization. whole: `Comparison.whole` of the same maps, which avoids
-    computing their statistics again, or None.
+    difference, for a student trained without normalization. whole_image: `Comparison.whole_image` of the same maps,
+    which avoids computing their statistics again, or None.
     """
     work = pred if pred.dtype == torch.float64 else pred.float()
     options = (scales, normalize)
-    result = fused.gradient_loss(work, target, valid, *options, whole=whole, reference=_gradient_loss)
+    result = fused.gradient_loss(work, target, valid, *options, whole_image=whole_image, reference=_gradient_loss)
     return _gradient_loss(pred, target, valid, *options) if result is None else result
 
 

@@ -19,7 +19,7 @@ from distill.core.plugins import find
 from distill.losses.losses import compare
 from distill.losses.normalize import Comparison
 from distill.losses.settings import FACTS, TERMS, LossSettings
-from distill.losses.terms import Given
+from distill.losses.terms import TermInputs
 
 NEAREST = 1e-3
 """A predicted depth is clamped to at least this before it is converted to disparity: a millimetre, in metres."""
@@ -87,7 +87,7 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.against_truth if labels.supervision.truth else self.settings
         labels = _in_unit_range(labels) if s.label_range == "unit" else labels
-        inputs = Given(
+        inputs = TermInputs(
             pred=pred,
             labels=labels,
             features=features,

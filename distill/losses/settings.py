@@ -57,7 +57,7 @@ def term_facts(name: str) -> TermFacts:
         )
     except (StopIteration, KeyError, ValueError, SyntaxError) as error:
         raise ValueError(
-            f"the term {name} needs WEIGHT (a number), NEEDS and term(given, *, option=default) "
+            f"the term {name} needs WEIGHT (a number), NEEDS and term(inputs, *, option=default) "
             f"({type(error).__name__}: {error})"
         ) from error
 

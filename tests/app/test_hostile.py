@@ -34,7 +34,7 @@ BASE = {
 PARTS = {
     name: (typing.get_args(hint) or (hint,))[0]
     for name, hint in typing.get_type_hints(recipes.Recipe).items()
-    if name != "unjudged"
+    if name != "ignored"
 }
 
 

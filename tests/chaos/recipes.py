@@ -42,7 +42,7 @@ HOSTILE = [
 PARTS = {
     name: (typing.get_args(hint) or (hint,))[0]
     for name, hint in typing.get_type_hints(recipes_module.Recipe).items()
-    if name != "unjudged"
+    if name != "ignored"
 }
 COMMANDS = {
     "run": ("label", "train"),

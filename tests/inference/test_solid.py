@@ -70,8 +70,8 @@ def test_the_camera_is_told_or_read_or_assumed(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "phone.jpg", exif=exif)
     Image.fromarray(RGB).save(tmp_path / "plain.jpg")
     lens = solid.Lens().of(tmp_path / "phone.jpg", 24, 36)
-    assert lens.fx == pytest.approx(28) and "EXIF: 28 mm" in lens.told  # as large as film: a pixel a millimetre
-    assert "assumed" in solid.Lens().of(tmp_path / "plain.jpg", 24, 36).told
+    assert lens.fx == pytest.approx(28) and "EXIF: 28 mm" in lens.origin  # as large as film: a pixel a millimetre
+    assert "assumed" in solid.Lens().of(tmp_path / "plain.jpg", 24, 36).origin
     assert solid.Lens(fov=90).of(tmp_path / "phone.jpg", 24, 36).fx == pytest.approx(18)
 
 

@@ -73,7 +73,7 @@ def losses() -> Iterator[torch.Tensor]:
     for name in ("none", "global", "hybrid", "local"):
         comparison = compare(pred, target, valid, name)
         yield comparison.loss
-        yield gradient_loss(pred, target, valid, whole=comparison.whole)
+        yield gradient_loss(pred, target, valid, whole_image=comparison.whole_image)
     yield compare(pred, target, valid, "hybrid", weight=weight, trim_top=0.1).loss
     yield compare(pred, target, valid, "hybrid", label_only=True).loss
     for normalize in (True, False):

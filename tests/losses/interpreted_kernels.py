@@ -208,11 +208,11 @@ def check_the_losses_take_them() -> None:
     expected = compare(pred, target, valid, "global"), gradient_loss(pred, target, valid)
     fused.has_kernels, fused.raise_faults = lambda values: values.dtype == torch.float32, True
     comparison = compare(pred, target, valid, "global")
-    assert comparison.whole is not None and expected[0].whole is None
+    assert comparison.whole_image is not None and expected[0].whole_image is None
     torch.testing.assert_close(comparison[:3], expected[0][:3])
-    torch.testing.assert_close(gradient_loss(pred, target, valid, whole=comparison.whole), expected[1])
+    torch.testing.assert_close(gradient_loss(pred, target, valid, whole_image=comparison.whole_image), expected[1])
     assert ("contexts", (1,), 0.0, False, True) in {name for name, _ in fused._tried}
-    assert compare(pred.double(), target, valid, "global").whole is None
+    assert compare(pred.double(), target, valid, "global").whole_image is None
     pred[0, valid[0]] = torch.nan
     broken = compare(pred, target, valid, "global")
     assert broken.loss.isnan().tolist() == [True, False]

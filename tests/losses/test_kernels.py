@@ -162,10 +162,10 @@ def test_the_gradient_loss_on_the_card(normalize, loud):
     here = maps(4)
     on_cpu = differentiated(lambda x: gradient_loss(x, *here[1:], normalize=normalize), here[0])
     there = [x.cuda() for x in here]
-    whole = compare(*there, "hybrid").whole
+    whole = compare(*there, "hybrid").whole_image
     for given in (None, whole):
         ways = [
-            differentiated(lambda x: gradient_loss(x, *there[1:], normalize=normalize, whole=given), there[0])  # noqa: B023
+            differentiated(lambda x: gradient_loss(x, *there[1:], normalize=normalize, whole_image=given), there[0])  # noqa: B023
             for _ in range(2)
         ]
         assert all(torch.equal(a, b) for a, b in zip(*ways, strict=True))
@@ -204,7 +204,7 @@ def test_statistics_on_the_card_and_both_losses_in_a_graph(loud):
 
     def both():
         seen = compare(pred, target, valid, "hybrid")
-        loss = seen.loss + gradient_loss(pred, target, valid, whole=seen.whole)
+        loss = seen.loss + gradient_loss(pred, target, valid, whole_image=seen.whole_image)
         return loss, torch.autograd.grad(loss.sum(), pred)[0]
 
     pred.requires_grad_()

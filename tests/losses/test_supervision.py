@@ -173,8 +173,8 @@ power: What it is raised to.
 """
 WEIGHT = 0.0
 NEEDS = frozenset()
-def term(given, *, power=2.0):
-    return given.pred.pow(power).mean((-2, -1))
+def term(inputs, *, power=2.0):
+    return inputs.pred.pow(power).mean((-2, -1))
 '''
 
 

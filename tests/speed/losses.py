@@ -173,7 +173,7 @@ def card_cases(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Case]:
 
     def shared(p: Tensor, t: Tensor, v: Tensor) -> Tensor:
         comparison = compare(p, t, v, "hybrid")
-        return comparison.loss + 2.0 * gradient_loss(p, t, v, whole=comparison.whole)
+        return comparison.loss + 2.0 * gradient_loss(p, t, v, whole_image=comparison.whole_image)
 
     def torch_code(loss: Callable[..., Tensor]) -> Case:
         def call() -> None:

@@ -22,10 +22,10 @@ from torch import Tensor
 class Comparison(NamedTuple):
     """loss: (B,) the mean over the pixels that count. live, dead: (B,) contexts with and without information.
 
-    whole: statistics of the whole image, a by-product for `gradient_loss` of the same maps; or None.
+    whole_image: statistics of the whole image, a by-product for `gradient_loss` of the same maps; or None.
     """
 
     loss: Tensor
     live: Tensor
     dead: Tensor
-    whole: Any = None
+    whole_image: Any = None

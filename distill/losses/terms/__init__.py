@@ -4,7 +4,7 @@ A plug-in is a file with
 
     WEIGHT   the default weight; 0.0: off
     NEEDS    what the term requires: a set of "patches", "features", "dense" and "metric"
-    term(given, *, option=default, ...) -> Tensor | None
+    term(inputs, *, option=default, ...) -> Tensor | None
 
 `term` returns one value per image, (B,), in float32 or better, outside autocast; only the trainer averages. A pixel
 outside `valid` never counts, whatever its value; an image without usable pixels gives 0. A term whose needs are not
@@ -31,7 +31,7 @@ NEEDS = frozenset({"patches", "features", "dense", "metric"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class TermInputs:
     """The inputs of a term, for B images of one supervision.
 
     pred: (B,S,S), of the labels' kind. features, reference: (B,C,h,w), the student's and the frozen encoder's, or None.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from distill.losses.losses import anchor_loss
-from distill.losses.terms import Given
+from distill.losses.terms import TermInputs
 
 WEIGHT = 0.0
 NEEDS = frozenset[str]()
 
 
-def term(given: Given) -> Tensor:
+def term(inputs: TermInputs) -> Tensor:
     """The squared log ratio of the two deviations, (B,)."""
-    return anchor_loss(given.pred, given.labels.shared.values, given.labels.shared.valid)
+    return anchor_loss(inputs.pred, inputs.labels.shared.values, inputs.labels.shared.valid)

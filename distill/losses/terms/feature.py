@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from distill.losses.losses import feature_loss
-from distill.losses.terms import Given
+from distill.losses.terms import TermInputs
 
 WEIGHT = 1.0
 NEEDS = frozenset({"features"})
 
 
-def term(given: Given, *, margin: float = 0.85) -> Tensor:
+def term(inputs: TermInputs, *, margin: float = 0.85) -> Tensor:
     """L_feat (B,): 1 - cosine over tokens whose cosine is below `margin`."""
-    assert given.features is not None and given.reference is not None
-    return feature_loss(given.features, given.reference, margin=margin)
+    assert inputs.features is not None and inputs.reference is not None
+    return feature_loss(inputs.features, inputs.reference, margin=margin)

@@ -7,24 +7,24 @@ from torch import Tensor
 
 from distill.core.crops import sample_boxes, student_blocks
 from distill.core.labels import Labels
-from distill.losses.terms import Given
+from distill.losses.terms import TermInputs
 
 WEIGHT = 0.5
 NEEDS = frozenset({"patches"})
 
 
-def term(given: Given) -> Tensor:
+def term(inputs: TermInputs) -> Tensor:
     """L_lg (B,): each patch's label against the student's map on the overlap; the mean over patches with a label."""
-    pred, labels = given.pred, given.labels
+    pred, labels = inputs.pred, inputs.labels
     assert labels.local is not None
     batch, num = labels.boxes.shape[:2]
-    if given.patch_resolution == "student":
+    if inputs.patch_resolution == "student":
         overlap, values, valid, weight = _at_student_pixels(pred, labels)
     else:
         values, size, weight = labels.local.values, labels.local.values.shape[-1], labels.local_weight
         overlap, inside = sample_boxes(pred, labels.boxes, size)
         valid = labels.local.valid & inside.flatten(0, 1)
-    loss = given.compare(overlap.flatten(0, 1), values, valid, weight).loss.reshape(batch, num)
+    loss = inputs.compare(overlap.flatten(0, 1), values, valid, weight).loss.reshape(batch, num)
     labelled = valid.reshape(batch, num, -1).any(-1)
     return torch.where(labelled, loss, 0.0).sum(1) / labelled.sum(1).clamp(min=1)
 

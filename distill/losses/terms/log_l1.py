@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distill.losses.terms import Given
+from distill.losses.terms import TermInputs
 from distill.losses.terms._log import log_difference
 
 WEIGHT = 0.0
 NEEDS = frozenset({"metric"})
 
 
-def term(given: Given) -> Tensor:
+def term(inputs: TermInputs) -> Tensor:
     """mean |log pred - log label| over valid pixels, (B,): about the relative error where that is small."""
-    g, valid = log_difference(given.pred, given.labels.shared)
+    g, valid = log_difference(inputs.pred, inputs.labels.shared)
     return g.abs().sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distill.losses.terms import Given
+from distill.losses.terms import TermInputs
 
 WEIGHT = 1.0
 NEEDS = frozenset[str]()
 
 
-def term(given: Given) -> Tensor:
+def term(inputs: TermInputs) -> Tensor:
     """L_sc (B,): the normalized difference over the region. Counts "dead_contexts"."""
-    shared = given.labels.shared
-    comparison = given.compare(given.pred, shared.values, shared.valid, given.labels.shared_weight)
-    given.regions.append(comparison)
-    given.counts["dead_contexts"] = comparison.dead.to(given.pred.dtype)
+    shared = inputs.labels.shared
+    comparison = inputs.compare(inputs.pred, shared.values, shared.valid, inputs.labels.shared_weight)
+    inputs.regions.append(comparison)
+    inputs.counts["dead_contexts"] = comparison.dead.to(inputs.pred.dtype)
     return comparison.loss

@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.losses.terms import Given
+from distill.losses.terms import TermInputs
 from distill.losses.terms._log import log_difference
 
 WEIGHT = 0.0
 NEEDS = frozenset({"metric"})
 
 
-def term(given: Given, *, variance_focus: float = 0.5) -> Tensor:
+def term(inputs: TermInputs, *, variance_focus: float = 0.5) -> Tensor:
     """sqrt(mean g^2 - variance_focus (mean g)^2), g = log pred - log label, valid pixels (Eigen et al. 2014), (B,)."""
-    g, valid = log_difference(given.pred, given.labels.shared)
+    g, valid = log_difference(inputs.pred, inputs.labels.shared)
     count = valid.sum((-2, -1)).clamp(min=1)
     mean = g.sum((-2, -1)) / count
     value = g.square().sum((-2, -1)) / count - variance_focus * mean.square()

@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from distill.losses.losses import squared_loss
-from distill.losses.terms import Given
+from distill.losses.terms import TermInputs
 
 WEIGHT = 0.0
 NEEDS = frozenset[str]()
 
 
-def term(given: Given) -> Tensor:
+def term(inputs: TermInputs) -> Tensor:
     """The mean squared difference, (B,), whatever `normalization` says: each map by its own median and deviation."""
-    labels = given.labels
-    return squared_loss(given.pred, labels.shared.values, labels.shared.valid, labels.shared_weight)
+    labels = inputs.labels
+    return squared_loss(inputs.pred, labels.shared.values, labels.shared.valid, labels.shared_weight)
