@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from distill.labelling.run import OnlineDataset, labels_hash
 from distill.losses.objective import Objective
 from distill.shards import mirror
 from distill.shards.cache import TarCache
-from distill.shards.shards import MANIFEST, LabelDataset
+from distill.shards.shards import MANIFEST, LabelDataset, read_manifest
 from distill.shards.tables import CACHED
 from distill.students import Student, checkpoint
 from distill.students.settings import StudentSettings
@@ -94,6 +95,17 @@ def labels_folder(recipe: Recipe) -> Path:
     teachers = [spec.content for spec in recipe.teachers]
     address = labels_hash(images, {**recipe.crops.content, **label_settings}, teachers)
     return root / address
+
+
+def labels_address(recipe: Recipe) -> str:
+    """What identifies the labels that a recipe trains on: their folder's name, if that is a hash as `labels_folder`
+    gives it, else its tars' checksums: labels.root may itself be a labels folder, of any name.
+    """
+    folder = labels_folder(recipe)
+    if re.fullmatch(r"[0-9a-f]{16}", folder.name) or recipe.labels.online:
+        return folder.name
+    sums = [tar["sha256"] for tar in read_manifest(folder)["shards"]]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
 def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> None:
@@ -298,7 +310,7 @@ def make_objective(recipe: Recipe, student: Student | LatentStudent | None = Non
     checkpoint it starts from.
     """
     if isinstance(student, LatentStudent):
-        return latent.training_task(recipe, student, seed=training_seed(recipe), labels=labels_folder(recipe).name)
+        return latent.training_task(recipe, student, seed=training_seed(recipe), labels=labels_address(recipe))
     max_depth = recipe.student.max_depth or None
     return Objective(recipe.loss, Kind(recipe.train.kind), max_depth if student is None else student.max_depth)
 
@@ -333,7 +345,7 @@ def identity(recipe: Recipe) -> str:
     loss = as_table(recipe.loss)
     if loss["label_range"] == "as_is":  # so that runs begun before this key existed can resume
         del loss["label_range"]
-    parts: list[Any] = [labels_folder(recipe).name, _student_table(recipe), loss]
+    parts: list[Any] = [labels_address(recipe), _student_table(recipe), loss]
     parts += [recipe.latent.content] if latent.is_one_step(recipe) else []
     parts += [hashes for hashes in [file_hashes(parts)] if hashes]
     parts += ["redraw"] if recipe.crops.redraw else []

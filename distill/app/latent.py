@@ -66,7 +66,7 @@ def mismatched_prediction_type(recipe: Recipe, student: LatentStudent) -> str:
 
 
 def training_task(recipe: Recipe, student: LatentStudent, *, seed: int, labels: str) -> LatentTask:
-    """[latent] as a training task. labels: the name of the labels folder, which is a hash of its contents."""
+    """[latent] as a training task. labels: what identifies them (build.labels_address)."""
     spec, train = recipe.latent, recipe.train
     cache = None
     if spec.cache and not (recipe.crops.redraw or train.redraws):

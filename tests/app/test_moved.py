@@ -9,6 +9,7 @@ import pytest
 from distill.app import build, recipe
 from distill.app.cli import main
 from distill.app.strict import RecipeError
+from distill.shards.shards import MANIFEST, read_manifest, write_manifest
 from tests.inference.fake import grey
 
 RECIPE = """
@@ -84,3 +85,23 @@ def test_a_folder_of_another_name_is_told_to_be_renamed_and_never_labelled_among
     assert main([*there, "--set", f"labels.root={old}"]) == 2
     assert "has finished labels of other images (pics_000000-000.tar" in " ".join(capsys.readouterr().err.split())
     assert {file.name: file.stat().st_mtime_ns for file in old.iterdir()} == before
+
+
+def test_labels_folders_of_one_name_are_told_apart_by_what_is_in_them(path, tmp_path):
+    first = build.labels_folder(recipe.load(path))
+    here, there = tmp_path / "a" / "labels", tmp_path / "b" / "labels"
+    for copy in (here, there):
+        shutil.copytree(first, copy)
+
+    def run(root):
+        return build.identity(recipe.load(path, [f"labels.root={root}"]))
+
+    assert run(here) == run(there), "the same labels at two places are one run"
+    manifest = read_manifest(there)
+    manifest["shards"][0]["sha256"] = "0" * 64
+    write_manifest(there, manifest)
+    assert run(here) != run(there), "a run would go on with other labels, and read their cached latents"
+    write_manifest(first, manifest)
+    assert run(first) == build.identity(recipe.load(path)), "named by their hash, as runs begun before know them"
+    (there / MANIFEST).unlink()
+    assert build.labels_address(recipe.load(path, [f"labels.root={there}"])) == first.name, "to be labelled there"
