@@ -52,6 +52,7 @@ def evaluate(run: TrainingRun, held: HeldOutSamples) -> dict[str, Any]:
         processes=processes.count,
         features=run.features,
     )
+    _share_statistics(run)
     run.evaluated_network.eval()
     sums: dict[str, Tensor] = {"": torch.zeros(2, dtype=torch.float64, device=processes.device)}
     for batch in batches:
@@ -75,6 +76,19 @@ def evaluate(run: TrainingRun, held: HeldOutSamples) -> dict[str, Any]:
         "heldout_parts": means,
     }
     return line | ({"left_out": round(left_out, 3)} if left_out > 1e-6 else {})
+
+
+def _share_statistics(run: TrainingRun) -> None:
+    """Gives every process the main one's buffers, which are those that are saved: a process updates BatchNorm's
+    statistics with its own images, and data parallelism evens them out only before the next step.
+    """
+    buffers = list(run.evaluated_network.buffers())
+    if run.processes.count == 1 or not buffers:
+        return
+    saved = run.processes.share([buffer.cpu() for buffer in buffers] if run.processes.main else None)
+    if not run.processes.main:
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
 
 
 def is_best(run: TrainingRun, line: Mapping[str, Any]) -> bool:

@@ -1,0 +1,37 @@
+"""Held-out losses are those of the weights that are saved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill.training import train as train_module
+from distill.training.heldout import HeldOutSamples, evaluate
+from tests.training.toys import Toy, Toys, collate, run
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_every_process_evaluates_the_buffers_that_are_saved(tmp_path, monkeypatch, ema):
+    kept = []
+    monkeypatch.setattr(train_module, "_finish", lambda made: kept.append(made))
+    run(tmp_path, student=Toy(batchnorm=True), steps=4, ema=ema)
+    (made,) = kept
+    saved = [buffer.clone() for buffer in made.evaluated_network.buffers()]
+    made.processes = replace(made.processes, index=1, count=2, share=lambda value: saved)
+    for buffer in made.evaluated_network.buffers():
+        buffer.add_(1)  # as another process's own images have left them
+    samples = Toys()
+    held = HeldOutSamples(samples, range(12), collate)  # of two batches of 8 and 4 the second is this process's
+    line = evaluate(made, held)
+    assert all(map(torch.equal, made.evaluated_network.buffers(), saved))
+    network, losses = made.evaluated_network.eval(), []
+    for index in range(8, 12):
+        _, image, maps = samples[index]
+        pred = network(image[None])[0]
+        penalty = 0.1 * pred.square().mean()
+        losses.append(
+            sum(w * ((pred - maps[n]).abs().mean() + penalty) for n, w in made.settings.teacher_shares.items())
+        )
+    assert line["heldout"] == pytest.approx(sum(losses).item() / 4, rel=1e-5)
