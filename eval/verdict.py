@@ -44,7 +44,7 @@ class Verdict:
     """effect: the mean relative margin by which the claim holds (negative: fails), within low to high at 90 %.
 
     pair: the two deciding rows, if a claim is about several. p: the probability of so large an effect by chance; for an
-    equivalence, of so small a one if the true effect is the margin.
+    equivalence, of so small a one if the true effect is the margin, and for its opposite, of so large a one then.
     """
 
     word: str
@@ -167,7 +167,8 @@ def _judged(effects: np.ndarray, drawn: np.ndarray | None, images: int, *, claim
         p = p if mean > -equivalence or word == OPPOSITE else 1 - p
     elif claim == "close":
         apart = low > equivalence or high < -equivalence
-        word, p = (EQUIVALENT if inside else OPPOSITE if apart else UNDECIDED), (p if apart else p_same)
+        word = EQUIVALENT if inside else OPPOSITE if apart else UNDECIDED
+        p = chance(abs(mean) - equivalence) / 2 if apart else p_same
     elif low > 0:
         word = SAME
     elif high < 0:
@@ -226,18 +227,26 @@ def judge(
 
         row_verdicts = [decided(room(plain, a), None if drawn is None else room(drawn, a)) for a in first]
         verdicts = [replace(verdict, pair=(a, f"{bound:g}")) for a, verdict in zip(first, row_verdicts, strict=True)]
-        return _weakest(verdicts)
+        return _weakest(verdicts, claim)
     verdicts = [
         replace(decided(gain(plain, a, b), None if drawn is None else gain(drawn, a, b)), pair=(a, b))
         for a, b in itertools.product(first, second)
         if a != b
     ]
-    return _weakest(verdicts)
+    return _weakest(verdicts, claim)
 
 
-def _weakest(verdicts: Sequence[Verdict]) -> Verdict:
-    worst = min(verdicts, key=lambda v: ((OPPOSITE, UNDECIDED, EQUIVALENT, SAME).index(v.word), v.effect))
-    return replace(worst, p=max(v.p for v in verdicts)) if worst.word == SAME else worst
+def _weakest(verdicts: Sequence[Verdict], claim: str) -> Verdict:
+    """The verdict that decides; a claim that holds for every pair is as uncertain as its most uncertain one."""
+    close = claim == "close"  # the farther apart, the weaker
+
+    def rank(verdict: Verdict) -> tuple[int, float]:
+        words = (OPPOSITE, UNDECIDED, EQUIVALENT, SAME)
+        return words.index(verdict.word), -abs(verdict.effect) if close else verdict.effect
+
+    worst = min(verdicts, key=rank)
+    holds = worst.word == (EQUIVALENT if close else SAME)
+    return replace(worst, p=max(v.p for v in verdicts)) if holds else worst
 
 
 def paper_effect(

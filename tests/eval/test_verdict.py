@@ -115,6 +115,26 @@ def test_a_bound_is_judged_whichever_side_is_better():
     assert paper_effect("below", ["a"], [], {"a": 1.0}, ("a", "0.5")) is None
 
 
+def test_close_to_several_is_as_uncertain_as_to_the_farthest():
+    values = rows(a=[1.0] * 4, b=[0.999, 0.9991, 0.9989, 0.999], c=[1.03, 1.045, 1.01, 1.035])
+    pairs = {row: judge("close", ["a"], [row], values, equivalence=0.05) for row in "bc"}
+    both = judge("close", ["a"], ["b", "c"], values, equivalence=0.05)
+    assert both.word == EQUIVALENT and both.pair == ("a", "c") and both.effect == pairs["c"].effect
+    # By hand: effects 0.03/1.03 ...; t = (0.05 - mean) / (deviation / 2), three degrees of freedom, one side.
+    effects = np.array([0.03 / 1.03, 0.045 / 1.045, 0.01 / 1.01, 0.035 / 1.035])
+    t = (0.05 - effects.mean()) / (effects.std(ddof=1) / 2)
+    assert both.p == pytest.approx(two_sided(t, 3) / 2) and pairs["b"].p < 1e-6
+
+
+def test_not_close_is_a_difference_larger_than_the_margin():
+    values = rows(a=[1.0] * 4, b=[1.06, 1.065, 1.055, 1.075])
+    apart = judge("close", ["a"], ["b"], values, equivalence=0.05)
+    # scipy.stats.ttest_1samp([0.06/1.06, ...], 0.05, alternative="greater").pvalue; against 0 it would be 0.0003.
+    assert apart.word == OPPOSITE and apart.p == pytest.approx(0.0392543, rel=1e-4)
+    turned = judge("close", ["b"], ["a"], values, equivalence=0.05)
+    assert turned.word == OPPOSITE and turned.pair == ("b", "a") and turned.p < 0.05
+
+
 def test_non_inferior_allows_the_margin():
     values = rows(a=[1.02, 1.0, 1.01], b=[1.0, 1.0, 1.0], c=[1.2, 1.21, 1.22], d=[0.7, 1.4, 1.0])
     same = judge("non_inferior", ["a"], ["b"], values)
