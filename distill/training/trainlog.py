@@ -161,17 +161,18 @@ class ScaleAlarm:
     """
 
     growth: float
-    smoothed: float = 0.0
+    smoothed: float = math.nan
     baseline: float = 0.0
     labels: float = 0.0
     warned: bool = False
 
     def watch(self, step: int, deviation: float, *, label_deviation: float, warmup_end: int) -> str | None:
         """The warning due at 1-based `step`, if any."""
-        momentum = 0.0 if step == 1 else SMOOTHING
-        self.smoothed = momentum * self.smoothed + (1.0 - momentum) * deviation
+        first = math.isnan(self.smoothed)  # on a GPU only steps with a log line are watched, so it may not be step 1
+        momentum = 0.0 if first else SMOOTHING
+        self.smoothed = deviation if first else momentum * self.smoothed + (1.0 - momentum) * deviation
         self.labels = momentum * self.labels + (1.0 - momentum) * label_deviation
-        if step <= warmup_end:
+        if first or step <= warmup_end:
             self.baseline = self.smoothed
             return None
         if self.warned:

@@ -98,6 +98,17 @@ def test_the_scale_alarm_warns_once():
     assert not any(said["grows"][:30])
 
 
+def test_the_alarm_starts_at_the_first_step_that_it_sees():
+    said = []
+    for warmup_end in (1, 500):
+        alarm = ScaleAlarm(growth=10.0)  # on a GPU with log_every = 500: growing by half is no runaway
+        for step in range(500, 50_001, 500):
+            deviation = 20.0 if step == 500 else 30.0
+            said.append(alarm.watch(step, deviation, label_deviation=1.0, warmup_end=warmup_end))
+        assert alarm.baseline == 20.0
+    assert not any(said)
+
+
 def test_a_runaway_output_is_in_the_log_once(tmp_path):
     def lengthen(pred, labels, features=None, teacher_features=None):
         loss = -pred.std((1, 2))
