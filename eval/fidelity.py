@@ -1,6 +1,6 @@
 """How far a student is from its teacher, in the units of its accuracy.
 
-The teacher's map takes the place of the ground truth. Scale and shift of both are unknown, so the teacher is first
+The teacher's map takes the place of the ground truth. Scale and shift of both may be unknown, so the teacher is first
 aligned to the ground truth as in its own score (clean mode), then the student to the teacher: AbsRel and delta1 of
 depth, and the F1 of edges, over the pixels with ground truth where the teacher lies within the truth's range (outside
 it, the teacher's depth is clipped). A student that is far from the truth and close to its teacher is limited by its
@@ -46,13 +46,13 @@ def fidelity(
         size = (truth.values.shape[-2], truth.values.shape[-1])
         try:
             maps = [read_prediction(find_prediction(s, sample), size)[0] for s in (student, teacher)]
-            expected, _ = aligned_depth(maps[1], truth, kinds[1], clean)
+            expected, _ = aligned_depth(maps[1], truth, kinds[1], clean, scaled=True)
             values, low, high = torch.from_numpy(np.ascontiguousarray(expected, np.float32))[None], *_range(truth)
             teacher_truth = DepthMap(values, truth.valid & (values > low) & (values < high), truth.kind)
             depth_protocol, edge_protocol = clean.with_kind(kinds[0]), protocol.of_edges().with_kind(kinds[0])
             sums = TASKS["depth"].measure(maps[0], teacher_truth, kinds[0], depth_protocol).sums
             edges = TASKS["boundary_f1"].measure(maps[0], teacher_truth, kinds[0], edge_protocol).sums
-            predicted, _ = aligned_depth(maps[0], teacher_truth, kinds[0], clean)
+            predicted, _ = aligned_depth(maps[0], teacher_truth, kinds[0], clean, scaled=True)
         except (NoGroundTruthError, BadPredictionError, ValueError, OSError):
             continue  # the score files name the image
         depths = TASKS["depth"].from_sums(sums[None])

@@ -154,16 +154,19 @@ def as_depth(truth: DepthMap) -> DepthMap:
     return truth.convert(Kind(f"{truth.kind.unknown}_depth"))
 
 
-def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, ImageErrors]:
+def aligned_depth(
+    pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol, *, scaled: bool = False
+) -> tuple[np.ndarray, ImageErrors]:
     """A prediction (H,W) as depth (H,W), and how it was aligned: fitted if its shift is unknown, else unchanged.
 
-    The fit uses the valid truth inside the protocol's range; the map is clipped as the protocol says. Without a fit the
-    sums are empty. Raises KindError for a truth whose shift is unknown.
+    scaled: fits an unknown scale as well, which ratios of depths do not need. The fit uses the valid truth inside the
+    protocol's range; the map is clipped as the protocol says. Without a fit the sums are empty. Raises KindError for a
+    truth whose shift is unknown.
     """
     truth = as_depth(truth)
     fitted = protocol.with_kind(kind)
     plan = alignment_plan(kind, truth.kind, fitted.alignment)
-    if plan.unknown != "affine":
+    if plan.unknown != "affine" and (plan.unknown == "metric" or not scaled):
         depth = 1.0 / np.maximum(pred, 1e-6) if kind.quantity == "disparity" else pred
         if not np.isfinite(depth[truth.valid[0].numpy()]).all():
             raise ValueError("NaN or infinity among the scored pixels")
@@ -177,7 +180,7 @@ def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Proto
     if plan.fit == "disparity":
         floor = 1.0 / float(depths[inside].max()) if protocol.disparity_floor is None else protocol.disparity_floor
         aligned = 1.0 / np.maximum(aligned, floor)
-    if protocol.clip == "truth":
+    if protocol.clip == "truth" and plan.unknown == "affine":
         low, high = max(low, float(depths[inside].min())), min(high, float(depths[inside].max()))
     return np.clip(aligned, low, high), measured
 

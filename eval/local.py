@@ -49,10 +49,11 @@ def local_error(
     inside = DepthMap(truth.values[:, rows, columns], truth.valid[:, rows, columns], truth.kind)
     if not bool(inside.valid.any()):
         raise NoGroundTruthError("the part has no valid truth")
-    whole = aligned_depth(pred, truth, kind, protocol)[0][rows, columns]
-    maps = [whole, aligned_depth(np.ascontiguousarray(pred[rows, columns]), inside, kind, protocol)[0]]
+    whole = aligned_depth(pred, truth, kind, protocol, scaled=True)[0][rows, columns]
+    own = np.ascontiguousarray(pred[rows, columns])
+    maps = [whole, aligned_depth(own, inside, kind, protocol, scaled=True)[0]]
     if patch is not None:
-        maps.append(aligned_depth(patch, inside, kind, protocol)[0])
+        maps.append(aligned_depth(patch, inside, kind, protocol, scaled=True)[0])
     known = inside.convert(Kind(f"{inside.kind.unknown}_depth"))
     errors = [
         float(

@@ -26,10 +26,10 @@ def a_sample(depth: np.ndarray) -> BenchmarkSample:
     return BenchmarkSample("a", "a.npy", lambda: torch.zeros(3, *depth.shape), lambda: truth)
 
 
-def stored(folder, values: np.ndarray) -> None:
+def stored(folder, values: np.ndarray, kind: str = "affine_disparity") -> None:
     folder.mkdir(parents=True)
     np.save(folder / "a.npy", values.astype(np.float32))
-    table = {"model": "m", "kind": "affine_disparity", "settings": {}}
+    table = {"model": "m", "kind": kind, "settings": {}}
     (folder / "settings.json").write_text(json.dumps(table))
 
 
@@ -81,3 +81,29 @@ def test_a_fault_elsewhere_spoils_the_global_alignment_of_a_part_and_not_the_loc
     row = summary([found, found])
     assert row["gain"][0] == pytest.approx(1 - found.locally / found.globally) and row["gain"][1] < 1e-9
     assert row["images"] == 2 and summary([LocalError(0.2, 0.1)])["patch"] is None  # a model that is looked up
+
+
+@pytest.mark.parametrize("kind", [Kind.SCALE_DEPTH, Kind.SCALE_DISPARITY])
+def test_an_unknown_scale_is_fitted_too(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    depth = rng.uniform(2, 8, (32, 32)).astype(np.float32)
+    wrong = depth * rng.uniform(0.9, 1.1, depth.shape).astype(np.float32)
+    disparity = kind is Kind.SCALE_DISPARITY
+    pred = np.float32(0.01) / wrong if disparity else 100 * wrong
+    rows, columns = central(32, 32)
+    expected = []
+    for p, t in ((pred, depth), (pred[rows, columns], depth[rows, columns])):
+        truth = 1 / t if disparity else t
+        scaled = p.astype(np.float64) * ((p * truth).sum(dtype=np.float64) / np.square(p).sum(dtype=np.float64))
+        expected.append(1 / np.maximum(scaled, truth.min()) if disparity else scaled)
+    expected = [np.abs(e / depth[rows, columns] - 1).mean() for e in (expected[0][rows, columns], expected[1])]
+    found = local_error(pred, a_sample(depth).truth(), kind, PROTOCOL)
+    assert (found.globally, found.locally) == (
+        pytest.approx(expected[0], rel=1e-4),
+        pytest.approx(expected[1], rel=1e-4),
+    )
+    stored(tmp_path / "teacher", pred, str(kind))
+    stored(tmp_path / "copy", 3 * pred, str(kind))
+    copy = fidelity(tmp_path / "copy", tmp_path / "teacher", [a_sample(depth)], CLEAN)
+    assert copy["abs_rel"] < 1e-5 and copy["delta1"] == 1.0 and copy["boundary_f1"] == pytest.approx(1.0)
+    assert all(1.8 < a < 8.2 and b == pytest.approx(a, rel=1e-4) for a, b in copy["points"]), "in metres"
