@@ -131,7 +131,7 @@ def _run_workers(
     ]
     for assignment in overrides:
         command += ["--set", assignment]
-    gpus = torch.cuda.device_count()
+    gpus = _gpus()
     workers: list[subprocess.Popen[bytes]] = []
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as logs, progress(f"ablate {', '.join(path.stem for path in paths)}") as report:
@@ -140,7 +140,7 @@ def _run_workers(
                 log = logs.enter_context((out / f"worker-{i}.log").open("wb"))
                 environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
                 if gpus:
-                    environment["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
+                    environment["CUDA_VISIBLE_DEVICES"] = gpus[i % len(gpus)]
                 workers.append(
                     subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment})
                 )
@@ -157,6 +157,12 @@ def _run_workers(
         log_file = out / f"worker-{failed[0]}.log"
         last_line = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise ValueError(f"worker {failed[0]} stopped: {' '.join(last_line)} (full output: {log_file})")
+
+
+def _gpus() -> list[str]:
+    """This process's GPUs, as CUDA_VISIBLE_DEVICES names them: where it is set already, not from 0 on."""
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in given.split(",")][:count] if given else [str(i) for i in range(count)]
 
 
 def is_done(cell: StudyCell) -> bool:

@@ -239,3 +239,35 @@ def test_faults_of_a_study_are_lines(tiny, tmp_path):
         tiny.write_text(STUDY.replace(old, new))
         with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
             read_study(tiny)
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "names"),
+    [
+        (None, 2, ["0", "1", "0"]),
+        ("4,5", 2, ["4", "5", "4"]),
+        ("GPU-8a, GPU-9b,-1,3", 2, ["GPU-8a", "GPU-9b", "GPU-8a"]),
+        ("7", 1, ["7", "7", "7"]),
+    ],
+)
+def test_workers_use_the_gpus_of_their_parent(tmp_path, monkeypatch, given, count, names):
+    started = []
+
+    class Ended:
+        returncode = 0
+
+        def __init__(self, command, *, env, **_):
+            started.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def poll(self):
+            return 0
+
+        terminate = wait = poll
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", Ended)
+    monkeypatch.setattr(ablate.torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    ablate._run_workers([], [], "bench", tmp_path, 3, [])
+    assert started == names
