@@ -1,7 +1,8 @@
 """Compare several models on the same images: store predictions, then measure them against each other and the truth.
 
     FOLDER/NAME/            the maps of one model, as distill.eval.stored keeps them, with settings.json
-    FOLDER/NAME/model.json  its card and the cost of predicting, so that measuring does not need the model
+    FOLDER/NAME/model.json  its card, the cost of predicting and whether it takes focal lengths, so that measuring does
+                            not need the model
 
 Predicting resumes where it stopped and never mixes maps of different settings. Measuring reads only maps and images.
 Every map is first converted to affine disparity (eval.agreement.to_disparity); affine_depth maps get the shift that
@@ -31,7 +32,7 @@ from distill.eval.cost import Cost
 from distill.eval.fit import NoGroundTruthError, measure
 from distill.eval.metrics import from_sums
 from distill.eval.protocol import Protocol
-from distill.eval.stored import BadPredictionError, predict, read_prediction, read_settings
+from distill.eval.stored import FOCAL, BadPredictionError, predict, read_prediction, read_settings
 from distill.teachers import Teacher
 
 CARD = "model.json"
@@ -79,8 +80,11 @@ def predict_missing(
     settings = json.loads(json.dumps(dict(entrant.settings)))
     stored = read_settings(store)
     complete = all((store / sample.prediction_path).is_file() for sample in samples)
-    if complete and stored is not None and stored["settings"] == settings and (store / CARD).is_file():
-        return 0
+    if complete and stored is not None and (table := _read_table(store)):
+        takes_focal = table.get("takes_focal", FOCAL.items() <= stored["settings"].items())
+        gives_focal = takes_focal and any(sample.focal for sample in samples)
+        if stored["settings"] == settings | (FOCAL if gives_focal else {}):
+            return 0
     cost = Cost()
     teacher = cost.load_and_measure(entrant.load)
     stored_card = _read_card(store)
@@ -95,19 +99,28 @@ def predict_missing(
         if store.is_dir() and (cost.images or not stored_card):
             files.write_json(
                 store / CARD,
-                {"card": asdict(teacher.card), "cost": cost.summary(stored_card and stored_card["cost"])},
+                {
+                    "card": asdict(teacher.card),
+                    "cost": cost.summary(stored_card and stored_card["cost"]),
+                    "takes_focal": bool(getattr(teacher, "takes_focal", False)),
+                },
                 sort_keys=True,
             )
     return done
 
 
 def _read_card(store: Path) -> dict[str, Any] | None:
+    table = _read_table(store)
+    return None if table is None else {key: table[key] for key in ("card", "cost")}
+
+
+def _read_table(store: Path) -> dict[str, Any] | None:
     path = store / CARD
     if not path.is_file():
         return None
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return {"card": dict(table["card"]), "cost": dict(table["cost"])}
+        table = dict(json.loads(path.read_text(encoding="utf-8")))
+        return {**table, "card": dict(table["card"]), "cost": dict(table["cost"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not readable ({error}): delete {store} and compare again") from error
 

@@ -26,6 +26,8 @@ from distill.eval.benchmarks import BenchmarkSample
 from distill.teachers import Teacher
 
 SETTINGS = "settings.json"
+FOCAL = {"focal": "each image's own"}
+"""Added to the settings of maps whose model was given focal lengths."""
 
 
 class BadPredictionError(ValueError):
@@ -54,7 +56,7 @@ def predict(
     """
     store = Path(store)
     gives_focal = getattr(teacher, "takes_focal", False) and any(sample.focal for sample in samples)
-    settings = {**settings, "focal": "each image's own"} if gives_focal else settings
+    settings = {**settings, **FOCAL} if gives_focal else settings
     claim = {"model": teacher.card.name, "kind": str(teacher.card.kind), "settings": dict(settings)}
     stored_used = _claim(store, claim, used=dict(used or {}))
     stored_root, root = stored_used.get("root"), (used or {}).get("root")

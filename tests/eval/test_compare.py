@@ -111,6 +111,30 @@ def test_predictions_are_kept_and_never_mixed(tmp_path):
         predict_missing(Entrant("m", other, {"side": 64}), samples(4), tmp_path)
 
 
+def test_maps_made_without_the_focal_length_are_not_taken_for_those_made_with_it(tmp_path):
+    loads = []
+
+    class Lens(FromTruth):
+        takes_focal = True
+
+        def predict(self, images, *, keys, focal=100.0):
+            return DepthMap(torch.full((1, *images.shape[-2:]), focal), torch.ones(1, 48, 64) > 0, self.card.kind)
+
+    def run(name, kind, known):
+        model = Entrant(name, lambda: loads.append(name) or kind(left_wrong), {"side": 64})
+        return predict_missing(model, [replace(s, focal=known) for s in samples(2)], tmp_path)
+
+    for kind in (Lens, FromTruth):
+        name = kind.__name__.lower()
+        assert run(name, kind, lambda: 500.0) == 2 and run(name, kind, lambda: 500.0) == 0
+    assert loads == ["lens", "fromtruth"], "complete maps need no model"
+    assert np.load(tmp_path / "lens" / "a" / "s0.npy").min() == 500.0
+    assert run("fromtruth", FromTruth, None) == 0, "no difference to a model that takes none"
+    assert run("again", Lens, None) == 2
+    with pytest.raises(ValueError, match="predictions made with other settings .focal None, now "):
+        run("again", Lens, lambda: 500.0)
+
+
 def test_a_model_that_fails_keeps_what_it_did(tmp_path):
     def spoil(disparity):
         if len(calls) > 2:
