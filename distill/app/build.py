@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,9 @@ from distill.labelling import moved
 from distill.labelling.lock import mutex
 from distill.labelling.run import OnlineDataset, labels_hash
 from distill.losses.objective import Objective
-from distill.shards import mirror
+from distill.shards import mirror, tables
 from distill.shards.cache import TarCache
-from distill.shards.shards import MANIFEST, LabelDataset, read_manifest
+from distill.shards.shards import MANIFEST, LabelDataset
 from distill.shards.tables import CACHED
 from distill.students import Student, checkpoint
 from distill.students.settings import StudentSettings
@@ -98,14 +97,9 @@ def labels_folder(recipe: Recipe) -> Path:
 
 
 def labels_address(recipe: Recipe) -> str:
-    """What identifies the labels that a recipe trains on: their folder's name, if that is a hash as `labels_folder`
-    gives it, else its tars' checksums: labels.root may itself be a labels folder, of any name.
-    """
+    """What identifies the labels that a recipe trains on: labels.root may itself be a labels folder, of any name."""
     folder = labels_folder(recipe)
-    if re.fullmatch(r"[0-9a-f]{16}", folder.name) or recipe.labels.online:
-        return folder.name
-    sums = [tar["sha256"] for tar in read_manifest(folder)["shards"]]
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+    return folder.name if recipe.labels.online else tables.labels_address(folder)
 
 
 def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from distill.data.sources import Entry, InputShard
 from distill.eval.agreement import alignment_error, to_disparity
 from distill.shards.codec import Sample
 from distill.shards.shards import MANIFEST, LabelDataset
+from distill.shards.tables import labels_address
 
 
 def open_sources(words: Sequence[str], *, far: float = 0.0, limit: int = 0, teacher: str = "") -> list[Source]:
@@ -116,7 +117,9 @@ def _of_labels(path: Path, limit: int, teacher: str) -> Source:
         raise LookupError(f"{path} has no labels by {scored}; it has {', '.join(dataset.teachers)}")
     names = dataset.keys[: limit or None]
     load = _LabelSamples(dataset, scored)
-    return Source(safe_key(f"labels_{path.name}"), f"{path}, {scored}", names, load, key="labels.names")
+    address = labels_address(path)
+    place = f"{path}" if address == path.name else f"{path} ({address})"
+    return Source(safe_key(f"labels_{path.name}"), f"{place}, {scored}", names, load, key="labels.names")
 
 
 class _LabelSamples:

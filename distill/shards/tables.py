@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -38,6 +39,16 @@ def read_manifest(folder: str | Path, *, whole: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {_no_labels(path.parent)}")
     return read_json(path, whole=whole)
+
+
+def labels_address(folder: Path) -> str:
+    """What identifies the labels in a folder: its name, if that is their hash (`labelling.run.labels_hash`), else the
+    checksums of its tars, since a folder of any other name may be replaced by one with other labels.
+    """
+    if re.fullmatch(r"[0-9a-f]{16}", folder.name):
+        return folder.name
+    sums = [tar["sha256"] for tar in read_manifest(folder)["shards"]]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
 def _no_labels(folder: Path) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from distill.app import build, recipe
 from distill.app.cli import main
+from distill.app.filter_sources import open_sources
 from distill.app.strict import RecipeError
 from distill.shards.shards import MANIFEST, read_manifest, write_manifest
 from tests.inference.fake import grey
@@ -101,6 +102,8 @@ def test_labels_folders_of_one_name_are_told_apart_by_what_is_in_them(path, tmp_
     manifest["shards"][0]["sha256"] = "0" * 64
     write_manifest(there, manifest)
     assert run(here) != run(there), "a run would go on with other labels, and read their cached latents"
+    what = [open_sources([str(folder)])[0].what for folder in (here, there, first)]
+    assert len({*what}) == 3 and what[2] == f"{first}, analytic", "scores of replaced labels are not gone on with"
     write_manifest(first, manifest)
     assert run(first) == build.identity(recipe.load(path)), "named by their hash, as runs begun before know them"
     (there / MANIFEST).unlink()
