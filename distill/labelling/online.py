@@ -58,6 +58,7 @@ class OnlineDataset(Dataset[Sample]):
         self.image_keys = [entry.key for entry, _ in self.entries]
         self.sources = [source for *_, source, _ in chosen]
         self._asked = [names for *_, names in chosen]
+        self._heldout: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -66,6 +67,10 @@ class OnlineDataset(Dataset[Sample]):
         if not -len(self.entries) <= index < len(self.entries):
             raise IndexError(f"sample {index} of {len(self.entries)}")
         return self.get(index, self.teachers_of(index))
+
+    def keep_apart(self, heldout: Collection[int]) -> None:
+        """From now on an image of these samples is never replaced by one of the others, nor the reverse."""
+        self._heldout = frozenset(heldout)
 
     def teachers_of(self, index: int) -> tuple[str, ...]:
         """The teachers of the source of sample `index`."""
@@ -82,6 +87,8 @@ class OnlineDataset(Dataset[Sample]):
         for step in range(len(self.entries)):
             candidate = (index + step) % len(self.entries)
             if not {*teachers} <= {*self.teachers_of(candidate)}:
+                continue
+            if (candidate in self._heldout) != (index in self._heldout):
                 continue
             entry, draw = self.entries[candidate]
             draw = visit if self.crops.redraw and visit is not None else draw

@@ -1,10 +1,10 @@
 """From a dataset to the micro-batches of a step: read, chosen and augmented in the data workers.
 
-Each sample has the teachers of its source and learns from one of them: the one drawn for the step if the sample has
-it, else a draw of its own. So a micro-batch may hold several supervisions; the student sees it in one forward pass, and
-the objective is called once per supervision (ours: steps of a single source would make losses and batch statistics
-swing between sources). Only the labels that are trained on are read. A sample that cannot be read raises a one-line
-error in the training process, not a worker's traceback.
+Each sample has the teachers of its source and learns from one of them: a random number of the step picks it by their
+shares. So a micro-batch whose samples have the same teachers has one supervision, and any other may hold several; the
+student sees it in one forward pass, and the objective is called once per supervision (ours: steps of a single source
+would make losses and batch statistics swing between sources). Only the labels that are trained on are read. A sample
+that cannot be read raises a one-line error in the training process, not a worker's traceback.
 """
 
 from __future__ import annotations

@@ -27,10 +27,15 @@ class HeldOutSamples:
 
 
 def split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) -> tuple[list[int], list[int]]:
-    """Indices of the training samples of `dataset`, and of the held-out samples, without sources of weight 0."""
+    """Indices of the training samples of `dataset`, and of the held-out samples, without sources of weight 0.
+
+    A dataset that replaces images that cannot be labelled is told which are held out.
+    """
     if heldout is None:
         train_indices, heldout_indices = hold_out(dataset.image_keys, settings.val_fraction)
         heldout = dataset
+        if keep_apart := getattr(dataset, "keep_apart", None):
+            keep_apart(heldout_indices)
     else:
         train_indices, heldout_indices = list(range(len(dataset))), list(range(len(heldout)))
     unused_sources = {source for source, weight in enumerate(settings.source_weights) if weight == 0}

@@ -2,7 +2,8 @@
 
 An image is three bytes a pixel and a map two; they are collated in the workers, handed over (handover.py), copied one
 batch ahead, and decoded and augmented on the step's device, by the same code as on the host: the result equals that of
-`batches` there, bit for bit before colours are jittered.
+`batches` there, bit for bit before colours are jittered (metric depth of a canonical camera to the last bit but one:
+codes are scaled by their range, values each).
 
 Shapes: B images, S region size.
 """

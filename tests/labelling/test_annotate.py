@@ -126,6 +126,10 @@ def test_online_replaces_a_bad_image_by_the_next_and_says_so(tars):
     online = OnlineDataset(tars, [("formula", Formula())], crops=CROPS)
     assert online[2].key == online[2].key == "sa_3-0" and [q.key for q in online.quarantine] == ["sa_2-0"]
     assert [sample.key for sample in online].count("sa_3-0") == 2, "iteration ends"
+    online.keep_apart([3])
+    assert online[2].key == "sa_4-0", "a training image is not replaced by one that is held out"
+    online.keep_apart([1, 2])
+    assert online[2].key == "sa_1-0", "nor the reverse"
     with pytest.raises(ValueError, match="none of 10 images can be labelled; the last failed with: no ground truth"):
         OnlineDataset(tars, [(TRUTH, TRUTH)], crops=CROPS)[0]
     with pytest.raises(BadImageError, match="smaller than"):
