@@ -14,7 +14,9 @@ genpercept/genpercept_pipeline.py; yunpeng1998/FiffDepth fiffdepth/direct_pipeli
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +32,13 @@ from distill.teachers import (
     WeightsMissingError,
     find_weights,
     finite,
-    load_checked,
     load_strictly,
     pad_to_multiple,
     read_config,
     read_state,
     resolve,
 )
+from distill.teachers._described import read_described
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ def load_parts(
         raise WeightsMismatchError(
             f"{folder}: its UNet takes {unet.config.in_channels} channels, {what} takes {channels}"
         )
-    vae = _load_part(diffusers.AutoencoderKL, folder / "vae", what, dtype)
+    vae = _load_part(diffusers.AutoencoderKL, folder / "vae", "encoder.conv_in.weight", what, dtype)
     if torch.device(device).type == "cpu":
         # One image of the batch at a time: a third of the memory at the same speed (tests/speed/teachers.py).
         vae.enable_slicing()
@@ -130,35 +132,44 @@ def load_unet(
     import diffusers
 
     optional = ("conv_norm_out.", "conv_out.") if headless else ()
-    if (folder / "config.json").is_file() or config is None:
-        return _load_part(diffusers.UNet2DConditionModel, folder, what, dtype, optional)
-    unet = diffusers.UNet2DConditionModel.from_config(diffusers.UNet2DConditionModel.load_config(config))
-    file = find_weights(folder, (f"{_UNET}.safetensors", f"{_UNET}.bin"))
-    optional_state = (
-        {key: tensor for key, tensor in unet.state_dict().items() if key.startswith(optional)} if headless else {}
+    config = folder if (folder / "config.json").is_file() or config is None else config
+    return _load_part(
+        diffusers.UNet2DConditionModel, folder, "conv_in.weight", what, dtype, config=config, optional=optional
     )
-    load_strictly(unet, optional_state | read_state(file), file, what=what)
-    return unet.to(dtype)
 
 
-def _load_part(part: Any, folder: Path, what: str, dtype: torch.dtype, optional: tuple[str, ...] = ()) -> Any:
-    if not (folder / "config.json").is_file():
-        raise WeightsMissingError(f"{folder} has no config.json: complete the folder")
-    file = find_weights(folder, (f"{_UNET}.safetensors", f"{_UNET}.fp16.safetensors", f"{_UNET}.bin"))
-    variant = "fp16" if ".fp16." in file.name else None
-    return load_checked(
-        lambda: part.from_pretrained(
-            folder,
-            variant=variant,
-            use_safetensors=".safetensors" in file.name,
-            output_loading_info=True,
-            torch_dtype=dtype,
-            low_cpu_mem_usage=not optional,  # optional tensors must be allocated even if the file lacks them
-        ),
-        file,
-        what=what,
-        optional=optional,
-    )
+_WEIGHTS = (
+    *(f"{_UNET}.safetensors", f"{_UNET}.fp16.safetensors", f"{_UNET}.bin"),
+    *(f"{_UNET}.*.safetensors", f"{_UNET}.*.bin"),  # other variants: bf16, non_ema
+)
+_OLD_ATTENTION = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))")
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _load_part(
+    part: Any,
+    folder: Path,
+    anchor: str,
+    what: str,
+    dtype: torch.dtype,
+    *,
+    config: Path | None = None,
+    optional: tuple[str, ...] = (),
+) -> Any:
+    """A UNet or VAE; config: the folder of its config.json, if another. optional: what may be missing, by prefix."""
+    config = config or folder
+    if not (config / "config.json").is_file():
+        raise WeightsMissingError(f"{config} has no config.json: complete the folder")
+    file = find_weights(folder, _WEIGHTS)
+    state = read_described(file, anchors=(anchor,))
+    state = {_OLD_ATTENTION.sub(lambda m: m[1] + _ATTENTION[m[2]] + m[3], key): v for key, v in state.items()}
+    # Drawing random weights takes longer than reading the file; those that it may lack are drawn.
+    with contextlib.nullcontext() if optional else torch.device("meta"):
+        network = part.from_config(part.load_config(config))
+    drawn = {key: tensor for key, tensor in network.state_dict().items() if key.startswith(optional or "\0")}
+    state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in (drawn | state).items()}
+    load_strictly(network, state, file, what=what)
+    return network.requires_grad_(True).eval()
 
 
 def _empty_prompt(folder: Path, what: str) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.teachers import REPORT_MISMATCHES, WeightsMismatchError, load_checked, read_state
+from distill.teachers import REPORT_MISMATCHES, WeightsMismatchError, load_checked
 
 _BLOCK = {
     "gamma_1": "lambda_1",
@@ -35,11 +35,14 @@ _UNUSED = re.compile(r"pretrained\.model\.(blocks\.\d+\.attn\.relative_position_
 _TABLE = "pretrained.model.blocks.0.attn.relative_position_bias_table"
 
 
-def network(path: Path) -> Any:
-    """transformers' DPT on BEiT with a file's weights, loaded strictly. Raises as `described` does."""
+ANCHOR = "pretrained.model.cls_token"
+"""A name that every file of the authors has."""
+
+
+def network(state: Mapping[str, Tensor], path: Path) -> Any:
+    """transformers' DPT on BEiT with the tensors of a file, loaded strictly. Raises as `network_sizes` does."""
     from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation
 
-    state = read_state(path)
     net = network_sizes(state, path)
     backbone = BeitConfig(
         hidden_size=net["width"],

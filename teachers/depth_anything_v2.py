@@ -26,24 +26,21 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
-    REPORT_MISMATCHES,
     Card,
     WeightsMismatchError,
-    below_prefix,
     card_for,
     check_claimed,
     check_images,
     check_resize,
     find_weights,
     finite,
-    load_checked,
     mentions,
     pad_to_multiple,
     read_config,
-    read_state,
     resolve,
     revision_of,
 )
+from distill.teachers._described import build_described, described_config, is_described, read_either
 from distill.teachers._dino import PATCH, TRANSFORMERS_NAMES, normalize, position_table, to_transformers
 from distill.teachers._resize import resize_cubic
 
@@ -231,17 +228,20 @@ class Teacher:
         if position_rule not in ("official", "transformers"):
             raise ValueError(f'position_rule must be "official" or "transformers", not {position_rule!r}')
         path = resolve(weights, files=FILES)
-        if path.is_dir() and (path / "config.json").exists():
-            find_weights(path, ("model.safetensors", "*.safetensors", "*.bin"))
-            model = _from_folder(path, max_depth)
-            file, square = path, False
-        else:
-            file = find_weights(path, ("*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin"))
-            _check_name(file, max_depth)
-            state = read_state(file, weights_key=weights_key)
-            state = below_prefix(state, ("pretrained.cls_token", "backbone.cls_token"), file)
-            square = _is_distilled(str(weights), state)
-            model = _from_state(rename(state, file), file, max_depth)
+        names = ("*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin")
+        if not is_described(path):
+            _check_name(find_weights(path, names), max_depth)
+        file, state, folder = read_either(
+            path, names, anchor=_ANCHOR, authors=("pretrained.cls_token", "backbone.cls_token"), weights_key=weights_key
+        )
+        square = folder is None and _is_distilled(str(weights), state)
+        state = rename(state, file) if folder is None else state
+        config = (
+            _config(state, file, metric=max_depth is not None)
+            if folder is None
+            else _described_config(folder, max_depth)
+        )
+        model = _from_state(state, file, config)
         if max_depth is not None:
             model.head.max_depth = max_depth
         if position_rule == "official":
@@ -313,21 +313,17 @@ def _use_official_positions(model: Any) -> None:
     embeddings.interpolate_pos_encoding = interpolate
 
 
-def _from_state(state: dict[str, Tensor], where: Path, max_depth: float | None) -> Any:
+def _from_state(state: dict[str, Tensor], where: Path, config: Any) -> Any:
     from transformers import DepthAnythingForDepthEstimation
 
-    config = _config(state, where, metric=max_depth is not None)
-    return load_checked(
-        lambda: DepthAnythingForDepthEstimation.from_pretrained(
-            None, config=config, state_dict=state, **REPORT_MISMATCHES
-        ),
-        where,
-        what="Depth Anything V2",
-    )
+    return build_described(DepthAnythingForDepthEstimation, config, state, where, what="Depth Anything V2")
 
 
-def _from_folder(folder: Path, max_depth: float | None) -> Any:
-    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
+_ANCHOR = "backbone.embeddings.cls_token"  # of transformers' files
+
+
+def _described_config(folder: Path, max_depth: float | None) -> Any:
+    from transformers import DepthAnythingConfig
 
     table = read_config(folder / "config.json")
     model_type = table.get("model_type")
@@ -335,11 +331,7 @@ def _from_folder(folder: Path, max_depth: float | None) -> Any:
         raise WeightsMismatchError(f"{folder} {_V1}")
     if model_type != "depth_anything":
         raise WeightsMismatchError(f"{folder / 'config.json'} describes a {model_type} model, not depth_anything")
-    config = DepthAnythingConfig.from_pretrained(folder)
+    config = described_config(DepthAnythingConfig, folder, what="Depth Anything V2")
     if max_depth is not None:
         config.depth_estimation_type = "metric"
-    return load_checked(
-        lambda: DepthAnythingForDepthEstimation.from_pretrained(folder, config=config, **REPORT_MISMATCHES),
-        folder,
-        what="Depth Anything V2",
-    )
+    return config

@@ -20,20 +20,17 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
-    REPORT_MISMATCHES,
     Card,
     WeightsMismatchError,
     card_for,
     check_claimed,
     check_images,
-    find_weights,
     finite,
-    load_checked,
     read_config,
-    read_state,
     resolve,
     revision_of,
 )
+from distill.teachers._described import build_described, described_config, read_either
 from distill.teachers._dino import TRANSFORMERS_NAMES, to_transformers
 
 SCALES = 4
@@ -93,12 +90,13 @@ class Teacher:
         weights_key: the table to read in a trainer's file (core.weights.read_state).
         """
         path = resolve(weights, files=FILES)
-        if path.is_dir() and (path / "config.json").is_file():
-            find_weights(path, ("model.safetensors", "*.safetensors", "*.bin"))
-            file, model = path, _from_folder(path)
-        else:
-            file = find_weights(path, ("*.pt", "*.pth", "*.safetensors", "*.ckpt"))
-            model = _from_file(read_state(file, weights_key=weights_key), file)
+        names = ("*.pt", "*.pth", "*.safetensors", "*.ckpt")
+        file, state, folder = read_either(
+            path, names, anchor=_ANCHOR, authors=("encoder.patch_encoder.pos_embed",), weights_key=weights_key
+        )
+        config = _config(state, file) if folder is None else _described_config(folder)
+        state = rename(state, file) if folder is None else state
+        model = _network(config, state, file)
         card = replace(card_for(CARDS, weights), revision=revision_of(file))
         model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         teacher = cls(model, card, focal=focal, output=output)
@@ -249,28 +247,19 @@ def _config(state: dict[str, Tensor], where: Path) -> Any:
     )
 
 
-def _from_file(state: dict[str, Tensor], where: Path) -> Any:
+_ANCHOR = "depth_pro.encoder.patch_encoder.model.embeddings.cls_token"  # of transformers' files
+
+
+def _network(config: Any, state: dict[str, Tensor], where: Path) -> Any:
     from transformers import DepthProForDepthEstimation
 
-    config, tensors = _config(state, where), rename(state, where)
-    return load_checked(
-        lambda: DepthProForDepthEstimation.from_pretrained(
-            None, config=config, state_dict=tensors, **REPORT_MISMATCHES
-        ),
-        where,
-        what="Depth Pro",
-    )
+    return build_described(DepthProForDepthEstimation, config, state, where, what="Depth Pro")
 
 
-def _from_folder(folder: Path) -> Any:
-    from transformers import DepthProConfig, DepthProForDepthEstimation
+def _described_config(folder: Path) -> Any:
+    from transformers import DepthProConfig
 
     model_type = read_config(folder / "config.json").get("model_type")
     if model_type != "depth_pro":
         raise WeightsMismatchError(f"{folder / 'config.json'} describes a {model_type} model, not depth_pro")
-    config = DepthProConfig.from_pretrained(folder)
-    return load_checked(
-        lambda: DepthProForDepthEstimation.from_pretrained(folder, config=config, **REPORT_MISMATCHES),
-        folder,
-        what="Depth Pro",
-    )
+    return described_config(DepthProConfig, folder, what="Depth Pro")

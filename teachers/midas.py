@@ -17,22 +17,19 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
-    REPORT_MISMATCHES,
     Card,
     WeightsMismatchError,
-    WeightsMissingError,
     _midas_file,
     card_for,
     check_images,
     check_resize,
-    find_weights,
     finite,
-    load_checked,
     pad_to_multiple,
     read_config,
     resolve,
     revision_of,
 )
+from distill.teachers._described import build_described, described_config, read_either
 from distill.teachers._resize import resize_cubic
 
 MULTIPLE = 32  # patches of 16, and a decoder level at half of them
@@ -95,10 +92,9 @@ class Teacher:
         """
         check_resize(resize, native_size)
         path = resolve(weights, files=FILES)
-        if not path.is_file() and not (path / "config.json").is_file():
-            raise WeightsMissingError(f"{path} is not a transformers folder: it has no config.json")
-        find_weights(path, ("*.safetensors", "*.bin"))
-        model = _midas_file.network(path) if path.is_file() else _from_folder(path)
+        names = ("*.pt", "*.pth", "*.safetensors", "*.ckpt", "*.bin")
+        path, state, folder = read_either(path, names, anchor=_ANCHOR, authors=(_midas_file.ANCHOR,))
+        model = _midas_file.network(state, path) if folder is None else _from_folder(folder, state, path)
         size = native_size or _trained_at(model)
         card = replace(card_for(CARDS, weights), revision=revision_of(path), native_size=size)
         return cls(
@@ -131,7 +127,10 @@ def _trained_at(model: Any) -> int:
     return int(size if isinstance(size, int) else max(size))
 
 
-def _from_folder(folder: Path) -> Any:
+_ANCHOR = "backbone.embeddings.cls_token"  # of transformers' files
+
+
+def _from_folder(folder: Path, state: dict[str, Tensor], where: Path) -> Any:
     from transformers import DPTConfig, DPTForDepthEstimation
 
     described = read_config(folder / "config.json")
@@ -141,10 +140,6 @@ def _from_folder(folder: Path) -> Any:
             f"{folder / 'config.json'} describes a {described.get('model_type')} model on {backbone}: MiDaS v3.1 here "
             "is dpt on beit"
         )
-    config = DPTConfig.from_pretrained(folder)
-    return load_checked(
-        lambda: DPTForDepthEstimation.from_pretrained(folder, config=config, **REPORT_MISMATCHES),
-        folder,
-        what="MiDaS v3.1",
-        optional=("relative_position_index",),  # a fixed table that older files carry
-    )
+    config = described_config(DPTConfig, folder, what="MiDaS v3.1")
+    optional = ("relative_position_index",)  # a fixed table that older files carry
+    return build_described(DPTForDepthEstimation, config, state, where, what="MiDaS v3.1", optional=optional)

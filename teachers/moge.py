@@ -24,6 +24,7 @@ from distill.core.weights import read_described
 from distill.teachers import (
     Card,
     WeightsMismatchError,
+    below_prefix,
     card_for,
     check_claimed,
     check_images,
@@ -111,6 +112,7 @@ class Teacher:
         check_resize(resize, native_size)
         file = find_weights(resolve(weights, files=FILES), ("model.pt", "*.pt", "*.pth"))
         state, description = read_described(file, "model_config")
+        state = below_prefix(state, ("encoder.backbone.pos_embed",), file)
         state = {key: tensor for key, tensor in state.items() if key != "encoder.backbone.mask_token"}
         if isinstance(description.get("encoder"), str):
             raise WeightsMismatchError(f"{file} is of MoGe-1, by its model_config: take a MoGe-2 checkpoint")

@@ -95,3 +95,13 @@ def test_what_is_no_beit_of_midas_is_told(tmp_path):
         torch.save({key: value for key, value in state.items() if key.startswith(kept)}, path)
         with pytest.raises(WeightsMismatchError, match=rf"{name}.pt lacks pretrained.*MiDaS"):
             midas.Teacher.load(str(path))
+
+
+def test_an_authors_file_in_a_folder_and_inside_a_trainers_file(tmp_path):
+    _, state = authors_file(tmp_path / "dpt_beit_tiny.pt")
+    whole = midas.Teacher.load(str(tmp_path / "dpt_beit_tiny.pt"))
+    assert midas.Teacher.load(str(tmp_path)).card.revision == whole.card.revision
+    torch.save({"state_dict": {f"model.{key}": value for key, value in state.items()}}, tmp_path / "epoch.ckpt")
+    wrapped = midas.Teacher.load(str(tmp_path / "epoch.ckpt"))
+    image = torch.rand(1, 3, 64, 64)
+    assert torch.equal(whole.predict(image).values, wrapped.predict(image).values)
