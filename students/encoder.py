@@ -320,7 +320,7 @@ _WHOLE_MODELS = (*"depth_head. head. neck. decoder. 0.decoder. model.head. model
 # Present in released files and not used: masked-image token, rotary table (recomputed), masks of the keys' bias, the
 # 7B model's norm for local crops, classifiers, a BEiT's index (recomputed), MAE's decoder.
 _UNUSED = re.compile(
-    r"mask_token|rope_embed\.periods|.*\.(bias_mask|relative_position_index)|(local_cls|fc)_norm\..*|"
+    r"mask_token|masked_embed|rope_embed\.periods|.*\.(bias_mask|relative_position_index)|(local_cls|fc)_norm\..*|"
     r"head\.(weight|bias)|head_dist\..*|decoder_(embed|blocks|norm|pred)\..*|decoder_pos_embed"
 )
 

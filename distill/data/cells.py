@@ -24,7 +24,7 @@ def focal(text: str) -> float:
     return length
 
 
-_UNKNOWN_SCALE = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|n/?a\b|up to|\?")
+_UNKNOWN_SCALE = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|#?n/?a\b|up to|\?")
 _UNITS = {
     word + plural: unit
     for words, unit in (("m metre meter", 1.0), ("cm centimetre centimeter", 0.01), ("mm millimetre millimeter", 0.001))
@@ -44,6 +44,8 @@ def scale(text: str) -> float | None:
         return _UNITS[plain]
     if _UNKNOWN_SCALE.match(plain):
         return None
+    if _SHEET_ERROR.fullmatch(plain):
+        raise ValueError(f"scale_to_metres {text!r} is a spreadsheet's error: correct its formula, or empty the cell")
     parts = re.fullmatch(rf"({NUMBER})\s*(?:/\s*({NUMBER}))?\s*([a-z]*)", plain)
     if parts and (not parts[3] or parts[3] in _UNITS) and float(parts[2] or 1):
         return float(parts[1]) / float(parts[2] or 1) * _UNITS.get(parts[3], 1.0)
@@ -57,9 +59,18 @@ def scale(text: str) -> float | None:
     return None
 
 
+_SHEET_ERROR = re.compile(r"#[\w/]+[!?]?|err:\d+|#+")
+
+
 def invalid(text: str) -> tuple[float, tuple[float, ...]]:
     """(lowest value from which all are invalid, single invalid values) of an `invalid` cell."""
     text = text.replace("\u2265", ">=").replace("\u2264", "<=")
+    if ambiguous := re.search(r"(?<![\d.,])65[.,]([0-5]\d\d)(?![\d.,])", text):
+        raise ValueError(
+            f"invalid {text!r}: {ambiguous[0]} may be one value or two: write 65{ambiguous[1]}, or a space after the comma"
+        )
+    if unit := re.search(rf">=?\s*{NUMBER}\s*(?:[cm]?m|met(?:er|re)s?)\b", text):
+        raise ValueError(f"invalid {text!r}: {unit[0]} has a unit, but values are compared as they are stored")
     if upper_bound := re.search(rf"<=?\s*({NUMBER})", text):
         if float(upper_bound[1]) > 0:
             raise ValueError(f"invalid {text!r}: bounds must be >=NUMBER; < and <= only work with 0")

@@ -205,18 +205,30 @@ def _columns(path: Path, given: Sequence[str]) -> list[str]:
         )
     if duplicates := [name for name in _KNOWN_COLUMNS if columns.count(name) > 1]:
         raise ValueError(f"{path}: two columns are called {duplicates[0]}: remove one of them")
-    scales = [name for name in columns if "scale" in name or name in ("unit", "units")]
-    if scales and "scale_to_metres" not in columns:
-        raise ValueError(
-            f"{path}: the column {scales[0]} is not read: metres per stored unit belong in scale_to_metres"
-        )
+    for column, (pattern, content) in _MISNAMED.items():
+        if column not in columns and (found := next(filter(pattern.search, columns), None)):
+            raise ValueError(f"{path}: the column {found} is not read: {content} belong in {column}")
     return columns
 
 
+_MISNAMED = {
+    "scale_to_metres": (
+        re.compile(r"scale|(?<![a-z])units?(?![a-z])|factor|divisor|metres.per|per.metre"),
+        "metres per stored unit",
+    ),
+    "invalid": (re.compile(r"invalid|no.?data|sentinel|fill.?value|missing.?value"), "stored values without a depth"),
+    "kind": (re.compile(r"kind|^depth.type$"), "depth, disparity and the like"),
+}
+"""What other names of a column probably mean: passed over, they would change every value without a word."""
+
+
 def _unquoted(text: str) -> str:
-    """A cell without the quotes that pandas and R may add."""
-    text = text.strip()
+    """A cell without the quotes that pandas and R may add, and without the invisible marks of copied text."""
+    text = text.strip().strip(_INVISIBLE).strip()
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' else text
+
+
+_INVISIBLE = "\u200b\u200e\u200f\u2060\ufeff"
 
 
 def read_names(path: Path | str) -> list[str]:

@@ -194,6 +194,10 @@ def test_pairs_are_a_benchmark(tmp_path):
     [
         ("Scale_To_Meters", '"0.001"', ""),
         ("scale", "0.001", "the column scale is not read: metres per stored unit belong in scale_to_metres"),
+        ("Metres per unit", "0.001", "the column metres per unit is not read"),
+        ("depth_factor", "1000", "belong in scale_to_metres"),
+        ("scale_to_metres", "\ufeff0.001\u200b", ""),
+        ("scale_to_metres", "#DIV/0!", "a spreadsheet's error"),
         ("scale_to_metres", "x 0.001", "is not a number"),
         ("scale_to_metres", "units of 1/256 m", "is not a number"),
     ],
@@ -209,6 +213,22 @@ def test_a_scale_is_understood_or_refused_whatever_a_spreadsheet_made_of_it(tmp_
     else:
         (pair,) = read_pairs(path)
         assert pair.kind == Kind.METRIC_DEPTH and float(pair.truth().values.max()) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "belongs"),
+    [("nodata", "65535", "invalid"), ("invalid_value", "0", "invalid"), ("Depth Kind", "disparity", "kind")],
+)
+def test_a_column_under_another_name_is_told(tmp_path, column, cell, belongs):
+    path = tmp_path / "t.tsv"
+    path.write_text(f"name\trgb\tdepth\tscale_to_metres\t{column}\nx\ta.png\td.npy\tmm\t{cell}\n")
+    with pytest.raises(ValueError, match=f"the column {column.lower()} is not read: .* belong in {belongs}"):
+        read_pairs(path)
+    path.write_text(
+        path.read_text().replace(f"\t{column}\n", f"\t{column}\t{belongs}\n").replace(f"{cell}\n", f"{cell}\t\n")
+    )
+    with pytest.raises(FileNotFoundError, match="files are missing"):  # both are there: a note, then
+        read_pairs(path)
 
 
 @pytest.mark.parametrize("scale", ["7.0*20/(disp+doffs 400)", "700*0.2/disp/256", "baseline*700/disparity"])
@@ -269,6 +289,14 @@ def test_a_map_of_another_aspect_is_told_from_one_of_another_size(shape, fits):
 )
 def test_an_invalid_cell_that_is_no_rule_is_not_half_understood(tmp_path, cell):
     with pytest.raises(ValueError, match="is not a supported rule: write values and bounds"):
+        one(tmp_path, "1", cell)
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"), [("65,535", "write 65535"), ("0, 65.535", "write 65535"), (">=10 m", ">=10 m has a unit")]
+)
+def test_an_invalid_cell_of_two_readings_or_of_a_unit_is_refused(tmp_path, cell, said):
+    with pytest.raises(ValueError, match=said):
         one(tmp_path, "1", cell)
 
 

@@ -130,7 +130,11 @@ class TestEncoderWeights:
         state["register_tokens"] = state.pop("reg_token")
         state["cls_token"] = state["cls_token"] - cls_position
         state["pos_embed"] = torch.cat([cls_position, state["pos_embed"]], dim=1)
-        torch.save(state | {"norm.bias": torch.zeros(24), "mask_token": torch.zeros(1, 24)}, tmp_path / "w.pth")
+        torch.save(
+            state
+            | {"norm.bias": torch.zeros(24), "mask_token": torch.zeros(1, 24), "masked_embed": torch.zeros(1, 24)},
+            tmp_path / "w.pth",
+        )
         got = Encoder("dinov2_vits14_reg", timm_options=DINOV3, pos_grid=3, weights=tmp_path / "w.pth")
         for key, value in encoder.backbone.state_dict().items():
             torch.testing.assert_close(got.backbone.state_dict()[key], value)
