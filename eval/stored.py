@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,9 @@ def find_prediction(store: Path, sample: BenchmarkSample) -> Path:
     named = store / sample.prediction_path
     if named.is_file():
         return named
-    keys = [sample.key, sample.photo, sample.prediction_path.removesuffix(".npy")]
+    # A photo that lies elsewhere than its key says still gives its suffix to a map: a.jpg.npy.
+    named_as_photo = f"{sample.key}{PurePosixPath(sample.photo).suffix}" if sample.photo else ""
+    keys = [sample.key, sample.photo, sample.prediction_path.removesuffix(".npy"), named_as_photo]
     return find_map(store, filter(None, keys)) or named
 
 
@@ -147,6 +149,10 @@ def read_prediction(
         if image is not None and tuple(image().shape[-2:]) == values.shape:
             raise BadPredictionError(
                 f"the truth is {size}, but its image and the map are {values.shape}: store them in one size"
+            )
+        if size == values.shape[::-1] and size != values.shape:
+            raise BadPredictionError(
+                f"the map is {values.shape}, but the truth is {size}: it lies on its side; turn it"
             )
         remedy = "resize it to the image" if crop == "none" else f"crop it like the truth ({crop})"
         raise BadPredictionError(f"the map is {values.shape}, but the truth is {size}: {remedy} before storing")

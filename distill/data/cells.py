@@ -67,7 +67,7 @@ def invalid(text: str) -> tuple[float, tuple[float, ...]]:
     text = text.replace("\u2265", ">=").replace("\u2264", "<=")
     if ambiguous := re.search(r"(?<![\d.,])65[.,]([0-5]\d\d)(?![\d.,])", text):
         raise ValueError(
-            f"invalid {text!r}: {ambiguous[0]} may be one value or two: write 65{ambiguous[1]}, or a space after the comma"
+            f"invalid {text!r}: {ambiguous[0]} may be one value or two: write 65{ambiguous[1]}, or a space between"
         )
     if unit := re.search(rf">=?\s*{NUMBER}\s*(?:[cm]?m|met(?:er|re)s?)\b", text):
         raise ValueError(f"invalid {text!r}: {unit[0]} has a unit, but values are compared as they are stored")

@@ -141,6 +141,8 @@ class Film:
     def _find_problem(self, count: int, lost: int, last: float) -> str:
         if not count and (detected := _other_format(self._path)):
             return f"not a video: it is {detected}"
+        if not count and (self._truncated or _ends_inside_box(self._path)):
+            return "it is cut short before the end of its first frame: copy it again"
         if not count:
             return f"no frame of this video can be decoded (its codec is {self._codec_name})"
         # The header counts stored frames and assumes an even rate, so only the end time is compared.

@@ -20,7 +20,7 @@ from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.plane import fit_plane
 from distill.eval.score import predict, score, score_predictions
 from distill.eval.settings import BenchmarkSettings
-from distill.eval.stored import read_settings
+from distill.eval.stored import find_prediction, read_settings
 from distill.teachers._settings import TeacherSettings
 from tests.eval.known_maps import CLEAN, SIZE, Echo, samples, truth
 
@@ -226,3 +226,9 @@ def test_of_many_faults_the_first_and_the_last_are_told():
     lines = [f"fault {i}" for i in range(30)]
     assert score_verb._few(lines[:12]) == lines[:12]
     assert score_verb._few(lines) == [*lines[:10], "... and 19 more", lines[29]]
+
+
+def test_a_map_is_found_by_its_key_with_the_photos_suffix(tmp_path):
+    sample = replace(samples()[0], key="a", prediction_path="pred_a.npy", photo="rgb/a.jpg")
+    np.save(tmp_path / "a.jpg.npy", np.ones((2, 2), np.float32))
+    assert find_prediction(tmp_path, sample) == tmp_path / "a.jpg.npy"

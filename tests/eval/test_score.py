@@ -98,6 +98,8 @@ def broken(path, what: str) -> None:
         np.save(path, pred)
     elif what == "size":
         np.save(path, pred[:-1])
+    elif what == "turned":
+        np.save(path, pred.T)
     elif what == "rgb":
         np.save(path, np.stack([pred] * 3))
     elif what == "complex":
@@ -113,6 +115,7 @@ FAILURES = {
     "nan": "NaN or infinity in .* scored pixels",
     "infinite": "NaN or infinity",
     "size": r"the map is \(39, 56\), but the truth is \(40, 56\): resize",
+    "turned": r"the map is \(56, 40\), but the truth is \(40, 56\): it lies on its side",
     "rgb": r"shape \(3, 40, 56\)",
     "complex": "holds complex64|holds complex128",
 }

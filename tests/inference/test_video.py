@@ -182,6 +182,15 @@ def test_a_film_that_is_cut_in_the_middle_of_a_frame_stops_there(tmp_path):
     assert 0 < count < 9 and shown.problem == f"stops at frame {count} of 9"
 
 
+@pytest.mark.parametrize("options", [{"movflags": "faststart"}, {"movflags": "frag_keyframe+empty_moov"}])
+def test_a_film_that_is_cut_inside_its_first_frame_is_told_as_cut(tmp_path, options):
+    path = film(tmp_path / "v.mp4", range(0, 900, 100), codec="libx264", options=options)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"mdat") + 40])
+    shown = video.Film(path)
+    assert list(shown) == [] and shown.problem == "it is cut short before the end of its first frame: copy it again"
+
+
 def test_oblong_pixels_and_a_change_of_size_are_shown_as_players_do(tmp_path):
     (shown,) = list(video.Film(film(tmp_path / "v.mp4", [0], aspect=Fraction(4, 3))))
     assert shown.shape == (24, 43, 3)
