@@ -21,7 +21,10 @@ def _relevant(changed: list[str], recipe: Recipe) -> list[str]:
     run.out is not among them: a folder that was moved is the same run.
     """
     changed = [key for key in changed if key != "run.out"]
-    if {path.name for path in recipe.run.folder.iterdir()} <= {NAME, "labels"}:
+    made = {path.name for path in recipe.run.folder.iterdir() if path.name != NAME}
+    if not made:  # an earlier command failed before it made anything
+        return []
+    if made == {"labels"}:
         return [key for key in changed if key.partition(".")[0] in USES["label"]]
     return changed
 

@@ -119,7 +119,7 @@ class _Reading:
                 self.faults.append(f"{prefix}{key} is renamed to {prefix}{new_name.rpartition('.')[2]}")
             else:
                 near = did_you_mean(key, list(known)).replace("mean ", f"mean {prefix}")
-                known_keys = f"; {path or 'a recipe'} has {', '.join(known)}"
+                known_keys = f"; {path or 'the file'} has {', '.join(known)}"
                 self.faults.append(f"unknown key {prefix}{key}{near or known_keys}")
         for name, f in known.items():
             if name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:

@@ -200,8 +200,9 @@ def _columns(path: Path, given: Sequence[str]) -> list[str]:
     columns = [_unquoted(name).lstrip("# ").lower().replace("meters", "metres") for name in given]
     if missing := {"name", "rgb", "depth"} - set(columns):
         listed = f"; it has {', '.join(columns[:8])}" if any(columns) else ""
+        absent = ", ".join(f'"{name}"' for name in _KNOWN_COLUMNS if name in missing)
         raise ValueError(
-            f"{path}: no column {', '.join(sorted(missing))}{listed} (separate columns by tabs, commas or semicolons)"
+            f"{path}: no column {absent}{listed} (needed: name, rgb, depth, separated by tabs, commas or semicolons)"
         )
     if duplicates := [name for name in _KNOWN_COLUMNS if columns.count(name) > 1]:
         raise ValueError(f"{path}: two columns are called {duplicates[0]}: remove one of them")

@@ -31,7 +31,7 @@ from distill.inference.pictures import checked, is_batch, is_file, picture
 COLOUR_MAPS = ("distill", "turbo", "inferno", "magma", "viridis", "plasma", "jet", "gray")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Depth:
     """The depth map of one picture.
 
@@ -44,6 +44,13 @@ class Depth:
     kind: Kind
     photo: Tensor
     licence: str = "unknown"
+
+    def __repr__(self) -> str:
+        # Not the dataclass's, which prints every pixel of the map and of the photo at a prompt.
+        height, width = self.values.shape
+        values = self.values[self.valid]
+        span = f"{values.min():.4g} to {values.max():.4g}" if values.numel() else "no valid pixel"
+        return f"Depth({height} x {width}, {self.kind}, {span})"
 
     def numpy(self) -> np.ndarray:
         """(H,W) float32, NaN where the model gives no value."""

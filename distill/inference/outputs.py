@@ -8,11 +8,12 @@ are never overwritten, deleted or left out of the inputs.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ FILMS = {"colour": "_colour.mp4", "side": "_side.mp4"}
 """Formats of a video that are one file each; in the others every frame is a file, STEM/NNNNNN.png."""
 SETTINGS = "predict.json"
 SOURCES = "predict_sources.jsonl"
+LOCK = ".predict.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,21 @@ class Outputs:
                 f"{folder}: holds maps of an earlier version, which did not note the photos that they were made from; "
                 "give another --out"
             )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Outputs]:
+        """Prepare the folder and lock it for this process; yields its record as it is then.
+
+        ValueError if another process holds it: two would delete each other's unfinished files and choose equal names.
+        """
+        self.prepare()
+        lock = files.take_lock(self.folder / LOCK)
+        if lock is None:
+            raise ValueError(f"{self.folder}: another predict writes here; wait for it or give another --out")
+        try:
+            yield Outputs(self.folder)
+        finally:
+            lock.release()
 
     def _remember(self, made: OutputRecord) -> None:
         self._records[made.source] = made

@@ -11,6 +11,8 @@ moving range, or it would flicker.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -123,6 +125,10 @@ def read(path: str | Path) -> Tensor:
     return decode(Path(path).read_bytes())
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Where no map can be written any more: the inputs that follow would be predicted for nothing."""
+
+
 @dataclass
 class PredictOutcome:
     """Result of a call: inputs written now, inputs already present, and "path: reason" of those that failed."""
@@ -145,13 +151,24 @@ def run(
 
     lens: the camera of the 3D formats, if the caller knows it.
     report: (done, total) inputs, and within a video frame and frames (0: unknown).
-    Raises ValueError if `out` holds the predictions of another student or size, and what Outputs raises.
+    Raises ValueError if `out` holds the predictions of another student or size or another process writes there, and
+    what Outputs raises.
     """
-    outputs = Outputs(out)
-    outputs.prepare()
+    with Outputs(out).locked() as outputs:
+        return _run(estimator, jobs, outputs, formats, report, lens)
+
+
+def _run(
+    estimator: Estimator,
+    jobs: Sequence[PredictionJob],
+    outputs: Outputs,
+    formats: Sequence[str],
+    report: Report,
+    lens: Lens | None,
+) -> PredictOutcome:
     lens = lens or Lens()
     uses_lens = bool(SOLID.keys() & set(formats)) or getattr(estimator, "takes_focal", False)
-    _check_settings(estimator, out, lens if uses_lens else None)
+    _check_settings(estimator, outputs.folder, lens if uses_lens else None)
     outcome = PredictOutcome()
     for done, job in enumerate(jobs):
         report(done, len(jobs))
@@ -165,7 +182,11 @@ def run(
         except (BadImageError, OSError, MemoryError, RuntimeError) as error:
             if not (problem := _problem(job, error)):
                 raise
-            outcome.problems.append(problem)
+            is_full = isinstance(error, OSError) and error.errno in _FULL
+            untried = f"; the {len(jobs) - done - 1} after it were not tried: make room and rerun" if is_full else ""
+            outcome.problems.append(problem + untried)
+            if is_full:
+                return outcome
     report(len(jobs), len(jobs))
     return outcome
 
@@ -284,7 +305,9 @@ def write_map(
     """
     with files.writing(path, durable=durable) as new, new.open("wb") as file:
         if name == "npy":
-            np.save(file, values)
+            buffer = io.BytesIO()  # straight into a file, NumPy hides the reason why it cannot be written
+            np.save(buffer, values)
+            file.write(buffer.getbuffer())
         elif name == "png":
             png_text = PngImagePlugin.PngInfo()
             (low, high), invalid_text = span, {}

@@ -122,6 +122,16 @@ def test_a_command_judges_the_tables_that_it_uses(tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_after_a_command_that_made_nothing_the_mended_one_is_no_other_run(tmp_path, capsys):
+    make_tar(tmp_path / "sa_0.tar")
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.format(out=tmp_path / "run", tars=tmp_path / "none.tar"))
+    assert main(["label", str(path)]) == 2
+    path.write_text(RECIPE.format(out=tmp_path / "run", tars=tmp_path / "sa_0.tar"))
+    assert main(["label", str(path)]) == 0
+    assert "other values" not in capsys.readouterr().err
+
+
 def test_a_command_that_cannot_be_done_leaves_the_runs_recipe(tmp_path, capsys):
     make_tar(tmp_path / "sa_0.tar")
     path, kept = tmp_path / "r.toml", tmp_path / "run" / "recipe.toml"

@@ -266,7 +266,7 @@ def test_a_table_as_people_write_it(tmp_path, comma):
     (one,) = read_pairs(tmp_path / "t.csv")
     assert one.rgb().shape == (3, 3, 4) and one.truth().kind == Kind.AFFINE_DISPARITY and not one.focal
     (tmp_path / "t.csv").write_text("name,image,depth\n")
-    with pytest.raises(ValueError, match="no column rgb; it has name, image, depth"):
+    with pytest.raises(ValueError, match='no column "rgb"; it has name, image, depth'):
         read_pairs(tmp_path / "t.csv")
     (tmp_path / "t.csv").write_text("name,rgb,depth,invalid\nx,a,b,<100\n")
     with pytest.raises(ValueError, match="'<100': bounds must be >=NUMBER"):

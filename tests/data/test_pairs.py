@@ -123,7 +123,7 @@ def test_all_faults_of_a_table_are_reported_at_once(tmp_path):
         read_pairs(path)
     assert "line 6: the name '../z' points outside" in str(error.value)
     assert "line 7: scale_to_metres must be finite and above 0, not 0; words mean an unknown scale" in str(error.value)
-    with pytest.raises(ValueError, match="no column depth"):
+    with pytest.raises(ValueError, match='no column "depth"; it has name, rgb'):
         read_pairs(table(tmp_path, head="name\trgb"))
     with pytest.raises(FileNotFoundError, match="no such table"):
         read_pairs(tmp_path / "none.tsv")
@@ -319,3 +319,15 @@ def test_a_comma_within_a_cell_shifts_no_column(tmp_path):
     path.write_text("name,rgb,depth,trust,scale_to_metres\nx,a.png,d.npy,good, mostly,0.001\n")
     with pytest.raises(ValueError, match="t.csv: line 2: more cells than columns: put quotes around"):
         read_pairs(path)
+
+
+def test_the_table_that_the_guide_shows_is_one(tmp_path):
+    guide = (Path(__file__).parents[2] / "docs" / "labelled-data.md").read_text()
+    head, row = guide.partition("```text\nname,")[2].partition("\n```")[0].splitlines()
+    (tmp_path / "t.csv").write_text(f"name,{head}\n{row}\n")
+    for name in ("photos/kitchen.jpg", "depth/kitchen.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    (pair,) = read_pairs(tmp_path / "t.csv")
+    assert (pair.name, pair.kind, pair.scale, pair.focal) == ("kitchen", Kind.METRIC_DEPTH, 0.001, 525.0)
+    assert pair.invalid_values == (0.0,)

@@ -134,6 +134,13 @@ def test_colours_show_near_bright():
         depth.colorize("rainbow")
 
 
+def test_at_a_prompt_a_map_is_one_line():
+    values, valid = torch.tensor([[0.25, 9.0], [1.5, 0.5]]), torch.tensor([[True, False], [True, True]])
+    depth = Depth(values, valid, Kind.AFFINE_DISPARITY, torch.zeros(3, 2, 2, dtype=torch.uint8))
+    assert repr(depth) == "Depth(2 x 2, affine_disparity, 0.25 to 1.5)"
+    assert repr(dataclasses.replace(depth, valid=valid & False)) == "Depth(2 x 2, affine_disparity, no valid pixel)"
+
+
 def test_points_lie_where_the_camera_saw_them():
     photo = torch.arange(3 * 4 * 6, dtype=torch.uint8).reshape(3, 4, 6)
     everywhere = torch.ones(4, 6, dtype=torch.bool)

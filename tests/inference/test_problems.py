@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from distill.app import cli
 from distill.data import sources
-from distill.inference import predict
+from distill.inference import outputs, predict
 from distill.teachers.checkpoint import native_shape
 from tests import tiny_teachers
 from tests.inference.fake import Fake, call, grey
@@ -68,6 +69,33 @@ def test_a_full_disk_names_the_map(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", full)
     problems = call(Fake(), tmp_path / "a.png", out=tmp_path / "o")[2]
     assert problems == [f"{tmp_path / 'o' / 'a.npy'}: 100 requested and 0 written (a map of {tmp_path / 'a.png'})"]
+
+
+def test_a_full_disk_ends_the_run_before_the_next_photo_is_predicted(tmp_path, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    for name in ("a", "b", "c"):
+        grey(tmp_path / "in" / f"{name}.png", 10)
+    model = Fake()
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "write_map", full)
+        written, _, problems = call(model, tmp_path / "in", out=tmp_path / "o")
+    assert (written, model.calls) == (0, 1)
+    assert problems == [
+        f"{tmp_path / 'o' / 'a.npy'}: No space left on device (a map of {tmp_path / 'in' / 'a.png'}); "
+        "the 2 after it were not tried: make room and rerun"
+    ]
+    assert call(model, tmp_path / "in", out=tmp_path / "o") == (3, 0, [])
+
+
+def test_a_second_process_does_not_write_into_the_same_folder(tmp_path):
+    grey(tmp_path / "a.png", 10)
+    out = tmp_path / "o"
+    with outputs.Outputs(out).locked(), pytest.raises(ValueError, match="o: another predict writes here; wait for it"):
+        call(Fake(), tmp_path / "a.png", out=out)
+    assert call(Fake(), tmp_path / "a.png", out=out) == (1, 0, [])
+    assert {path.name for path in out.iterdir()} == {"a.npy", outputs.SETTINGS, outputs.SOURCES}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"revision": '])
