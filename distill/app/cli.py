@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -126,8 +127,12 @@ def _expand_home(word: str) -> str:
 
 def entry() -> NoReturn:
     """Runs `main` and exits. An interrupted run exits without waiting for its threads: a rerun redoes their work."""
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:  # a second ctrl-c, while the first is being answered
+        code = STOPPED
     if code == STOPPED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from distill.app import console
+from distill.app import cli, console
 from distill.app.cli import main
 from distill.app.verbs import show
 
@@ -191,3 +192,22 @@ def test_a_process_without_streams_has_a_console(monkeypatch):
 def test_a_number_that_is_none_does_not_end_the_work():
     words = console._words({"eta_s": float("nan"), "free_bytes": float("inf"), "loss": float("nan"), "age_s": 3700.0})
     assert words.startswith("eta s nan") and words.endswith("age 1:01:40")
+
+
+def test_a_second_ctrl_c_while_the_first_is_answered_is_no_traceback(monkeypatch):
+    def pressed_twice():
+        raise KeyboardInterrupt
+
+    def left(code):
+        raise SystemExit(code)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "main", pressed_twice)
+    monkeypatch.setattr(cli.os, "_exit", left)
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            cli.entry()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # and a third one does nothing
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert exit_.value.code == cli.STOPPED

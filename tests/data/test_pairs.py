@@ -330,4 +330,3 @@ def test_the_table_that_the_guide_shows_is_one(tmp_path):
         (tmp_path / name).touch()
     (pair,) = read_pairs(tmp_path / "t.csv")
     assert (pair.name, pair.kind, pair.scale, pair.focal) == ("kitchen", Kind.METRIC_DEPTH, 0.001, 525.0)
-    assert pair.invalid_values == (0.0,)
