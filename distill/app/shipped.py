@@ -79,4 +79,4 @@ def _kind_of(path: Path) -> str:
         keys = tomllib.loads(path.read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, RecursionError):
         return "unreadable"
-    return "study" if {"full", "bench"} <= keys else "recipe" if "run" in keys else ""
+    return "study" if {"full", "bench"} & keys and "run" not in keys else "recipe" if "run" in keys else ""

@@ -1,7 +1,8 @@
 """An ablation as a file: a base recipe, the axes that vary, the paper's numbers, and the orderings it claims.
 
     name, title, source
-    [full] and [bench]   base recipe, seeds, columns, set: overrides for every row; "{seed}" in one is the cell's seed
+    [full], [bench]      the study at two scales, or one of them at any: base recipe, seeds, columns, set: overrides for
+                         every row; "{seed}" in one is the cell's seed
                          a column is a metric of a benchmark (benchmark, group, metric) or a loss of the training log
                          (log, relative_to); it has a name
     [[axes]]             choices with a name and what each sets; the rows are the product, named "choice/choice"
@@ -224,7 +225,11 @@ class StudyCell:
 
 def read_study(path: Path | str) -> Study:
     """The study in the file `path`. Raises RecipeError with one line per fault."""
-    return parse_into(Study, read_toml(Path(path)), where=str(path))
+    table = read_toml(Path(path))
+    for missing, given in (("full", "bench"), ("bench", "full")):
+        if given in table:
+            table.setdefault(missing, table[given])
+    return parse_into(Study, table, where=str(path))
 
 
 def cells(

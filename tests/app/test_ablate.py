@@ -173,6 +173,19 @@ def tiny(tmp_path, monkeypatch) -> Path:
     return tmp_path / "tiny.toml"
 
 
+def test_the_guides_study_has_one_version_and_two_rows(tmp_path):
+    """recipes/ablations/README.md's example, beside a recipe, at either version."""
+    guide = (Path(__file__).parents[2] / "recipes/ablations/README.md").read_text()
+    (tmp_path / "mine.toml").write_text(BASE)
+    (tmp_path / "study.toml").write_text(guide.partition("```toml\n")[2].partition("```")[0])
+    study = read_study(tmp_path / "study.toml")
+    for version in ("bench", "full"):
+        made = cells(study, tmp_path / "study.toml", version, tmp_path, [])
+        assert [(cell.row, cell.seed) for cell in made[::8]] == [("without", 0), ("with", 0)] and len(made) == 16
+        assert {cell.recipe.loss.anchor for cell in made} == {0.0, 0.05} and made[0].recipe.train.steps == 300
+    assert study.equivalence == 0.05
+
+
 def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch, uncounted):
     ran = []
     real = ablate.commands.run_train
