@@ -126,7 +126,17 @@ def _expand_home(word: str) -> str:
 
 
 def entry() -> NoReturn:
-    """Runs `main` and exits. An interrupted run exits without waiting for its threads: a rerun redoes their work."""
+    """Runs `main` and exits. An interrupted run exits without waiting for its threads: a rerun redoes their work.
+
+    SIGTERM, a scheduler's notice, interrupts like ctrl-c: a worker returns its part at once, not when its lease ends,
+    and a study stops its workers. A second one kills.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         code = main()
     except KeyboardInterrupt:  # a second ctrl-c, while the first is being answered

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -194,20 +196,41 @@ def test_a_number_that_is_none_does_not_end_the_work():
     assert words.startswith("eta s nan") and words.endswith("age 1:01:40")
 
 
-def test_a_second_ctrl_c_while_the_first_is_answered_is_no_traceback(monkeypatch):
-    def pressed_twice():
-        raise KeyboardInterrupt
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Runs `entry` with this in place of `main`; returns the exit code."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def left(code):
         raise SystemExit(code)
 
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli, "main", pressed_twice)
-    monkeypatch.setattr(cli.os, "_exit", left)
-    try:
+    def run(instead):
+        monkeypatch.setattr(cli, "main", instead)
+        monkeypatch.setattr(cli.os, "_exit", left)
         with pytest.raises(SystemExit) as exit_:
             cli.entry()
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # and a third one does nothing
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert exit_.value.code == cli.STOPPED
+        return exit_.value.code
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_second_ctrl_c_while_the_first_is_answered_is_no_traceback(interrupted):
+    def pressed_twice():
+        raise KeyboardInterrupt
+
+    assert interrupted(pressed_twice) == cli.STOPPED
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # and a third one does nothing
+
+
+def test_a_schedulers_notice_is_answered_like_ctrl_c_and_the_second_one_kills(interrupted):
+    def told_to_end():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            return cli.STOPPED
+
+    assert interrupted(told_to_end) == cli.STOPPED
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

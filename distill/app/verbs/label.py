@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
-import threading
-from collections.abc import Iterator
 
 from distill.app.verbs._recipe import refuse, take_recipe
 
@@ -39,23 +35,5 @@ def run(args: argparse.Namespace) -> int:
 
         label_on(recipe, args.ray)
         return 0
-    with _stopped_by_sigterm():
-        outcome = run_label(recipe, worker=args.worker)
+    outcome = run_label(recipe, worker=args.worker)
     return 0 if outcome.complete or not outcome.last else 1
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Handles SIGTERM, a scheduler's notice, as ctrl-c: a worker returns its part at once, not when its lease ends."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
