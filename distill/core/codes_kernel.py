@@ -48,5 +48,5 @@ def example() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     low = torch.tensor([-3.7, 1e-41, 0.1, 5.0, -torch.inf, 0.0], dtype=torch.float64)
     high = torch.tensor([1e5, 3e-40, 0.3, 5.0, torch.inf, 1e39], dtype=torch.float64)
     units = torch.arange(65536, dtype=torch.float64) / 65535
-    units[:3] = torch.nan
+    units[:3], units[3], units[4] = torch.nan, torch.inf, -torch.inf
     return codes, low, high, units

@@ -11,6 +11,7 @@ from distill.core.crops import sample_boxes, student_blocks
 from distill.core.division import divide, unit_range
 from distill.losses.objective import Objective
 from distill.losses.settings import LossSettings
+from distill.training.augment import _in_region
 from distill.training.stored import StoredBatch, stored_batches
 from tests.losses.test_objective import ramp_labels
 from tests.training.test_handover import CPU, SETTINGS, labels, positions_of, same
@@ -85,6 +86,15 @@ def test_the_places_of_patches():
     assert all(
         torch.equal(a, b) for a, b in zip((*there[0], *there[1][:2]), (*expected[0], *expected[1][:2]), strict=True)
     )
+
+
+def test_pixels_of_patches_that_a_crop_leaves():
+    """Boxes whose edge is where pixels have their centres: an ulp decides."""
+    edges = (torch.arange(49) + 0.5) / 49
+    boxes = torch.stack([-edges, -edges, 1 - edges, 1 - edges], -1)[None]
+    expected = _in_region(boxes, 49)
+    with AsOnCuda():
+        assert torch.equal(_in_region(boxes, 49), expected)
 
 
 @pytest.mark.cuda

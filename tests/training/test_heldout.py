@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from distill.training import train as train_module
-from distill.training.heldout import HeldOutSamples, evaluate
+from distill.training.heldout import HeldOutSamples, evaluate, split
+from distill.training.settings import TrainSettings
 from tests.training.toys import Toy, Toys, collate, run
 
 
@@ -35,3 +36,17 @@ def test_every_process_evaluates_the_buffers_that_are_saved(tmp_path, monkeypatc
             sum(w * ((pred - maps[n]).abs().mean() + penalty) for n, w in made.settings.teacher_shares.items())
         )
     assert line["heldout"] == pytest.approx(sum(losses).item() / 4, rel=1e-5)
+
+
+def test_a_dataset_that_replaces_images_knows_which_are_held_out():
+    told = []
+
+    class Replacing(Toys):
+        def keep_apart(self, heldout):
+            told.append(list(heldout))
+
+    settings = TrainSettings(steps=2, warmup_steps=0, val_fraction=0.3)
+    train, heldout = split(Replacing(), None, settings)
+    assert told == [heldout] and heldout and not {*train} & {*heldout}
+    split(Replacing(), Toys(), settings)
+    assert told == [heldout], "another dataset is held out"

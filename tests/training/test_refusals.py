@@ -71,6 +71,15 @@ def test_steps_that_nobody_looks_at_change_nothing_after_a_loss_that_is_not_fini
     assert len(weights) == 19 and any(same) and same == sorted(same), "it learns, and then no more"
 
 
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_after_a_norm_that_is_not_finite_every_later_one_is_none(norm):
+    run_ = SimpleNamespace(finite=None, optimizer=SimpleNamespace())
+    for found, skipped in ((3.0, 0.0), (norm, 1.0), (3.0, 1.0)):
+        value = torch.tensor(found)
+        step_module._guard(run_, value)
+        assert run_.optimizer.found_inf.item() == skipped and value.isfinite().item() == (skipped == 0)
+
+
 def test_on_a_gpu_what_is_kept_has_been_looked_at():
     """Else a checkpoint would be of a step whose numbers were refused, and a resume would leave steps out."""
     asked = settings(log_every=10, save_every=4, eval_every=7, steps=25)
