@@ -1,4 +1,4 @@
-"""Decoding of maps on a GPU in one launch, where the torch code takes fifteen and moves eight times the bytes.
+"""Decoding of maps on a GPU in one launch, where the torch code takes fifteen operations.
 
 B maps of N pixels.
 """
