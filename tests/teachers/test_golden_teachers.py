@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from distill.teachers import (
+    _described,
     _dino,
     _ensemble,
     _resize,
@@ -31,7 +32,7 @@ def synth(facts):
 
 @pytest.fixture
 def unwritten(monkeypatch):
-    """`unwritten(module, state)`: the file that a teacher of this module reads has these weights.
+    """`unwritten(module, state)`: the file that this module reads with `read_state` has these weights.
 
     A gigabyte is not written, read and hashed: files of the same formats are, in the small cases.
     """
@@ -111,7 +112,7 @@ def test_distill_any_depth(golden, tmp_path, unwritten):
     facts, data = golden("distill_any_depth_large")
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"\0 not read")
-    unwritten(depth_anything_v2, synth(facts))
+    unwritten(_described, synth(facts))
     teacher = depth_anything_v2.Teacher.load(str(file), resize="none")
     for i, run in enumerate(facts["runs"]):
         values = teacher.predict(tensor(data, f"x{i}") * STD + MEAN).values
