@@ -13,9 +13,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,80 +28,68 @@ from distill.core.labels import Batch, Labels
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
+class Draw(NamedTuple):
+    """The random draws for an image; numbers in [0, 1). square: three for the crop; colors: one per property."""
+
+    square: tuple[float, ...] = ()
+    angle: float = 0.5
+    mirrored: bool = False
+    colors: tuple[float, ...] = ()
+
+
+def draw(
+    position: int, *, seed: int, hflip: bool, color_jitter: float, random_resized_crop: float, rotation: float
+) -> Draw:
+    """The draws at a position of the stream, for `augment` with the same arguments.
+
+    In this order, and only what is used: a new draw must come last, or old runs would no longer reproduce.
+    """
+    rng = generator("augment", seed, position)
+    square = tuple(rng.random(3).tolist()) if random_resized_crop < 1.0 else ()
+    angle = float(rng.random()) if rotation else 0.5
+    mirrored = hflip and bool(rng.random() < 0.5)
+    return Draw(square, angle, mirrored, tuple(rng.random(3).tolist()) if color_jitter else ())
+
+
 def augment(
     batch: Batch,
-    positions: Sequence[int],
+    draws: Sequence[Draw],
     *,
-    seed: int,
-    hflip: bool,
-    color_jitter: float,
-    random_resized_crop: float,
+    color_jitter: float = 0.0,
+    random_resized_crop: float = 1.0,
     rotation: float = 0.0,
     canonical: bool = False,
 ) -> Batch:
-    """The batch as the student sees it at these B positions of the stream.
+    """The batch as the student sees it, each of its B images by its draw, which also decides whether it is mirrored.
 
-    hflip: mirrors each image with probability 1/2. color_jitter: brightness, contrast and saturation are each
-    multiplied by 1 + color_jitter * U(-1, 1); 0 = off. random_resized_crop: smallest area fraction of a random square
-    of the region; 1 = off. rotation: the largest angle in degrees, either way; 0 = off. canonical: metric depth is that
-    of the canonical camera (core.focal), so a crop, which acts as a longer lens, brings it nearer. Raises ValueError
-    for a rotation of labels with patches.
+    color_jitter: brightness, contrast and saturation are each multiplied by 1 + color_jitter * U(-1, 1); 0 = off.
+    random_resized_crop: smallest area fraction of a random square of the region; 1 = off. rotation: the largest angle
+    in degrees, either way; 0 = off. canonical: metric depth is that of the canonical camera (core.focal), so a crop,
+    which acts as a longer lens, brings it nearer. Raises ValueError for a rotation of labels with patches.
     """
-    if not (hflip or color_jitter or rotation or random_resized_crop < 1.0):
-        return batch
-    draws = _lots(positions, seed=seed, hflip=hflip, crops=random_resized_crop < 1.0, turns=rotation > 0)
-    images, labels = batch.images.clone(), dict(batch.labels)
+    images, labels = batch.images, dict(batch.labels)
     if random_resized_crop < 1.0:
         squares = [_square(draw.square, images.shape[-1], random_resized_crop) for draw in draws]
-        for b, square in enumerate(squares):
-            images[b] = resize(_cut(images[b], square), *images.shape[-2:])
+        cut = [resize(_cut(image, square), *images.shape[-2:]) for image, square in zip(images, squares, strict=True)]
+        images = torch.stack(cut)
         labels = {name: _crop_labels(part, squares, images.shape[-1], canonical) for name, part in labels.items()}
     if rotation:
         angles = [math.radians(rotation * (2.0 * draw.angle - 1.0)) for draw in draws]
         images, labels = _turned(images, labels, angles)
-    if hflip:
+    if any(draw.mirrored for draw in draws):
         to_flip = torch.tensor([draw.mirrored for draw in draws]).to(images.device, non_blocking=True)
         images = _mirror(images, to_flip)
         labels = {name: _mirror_labels(part, to_flip) for name, part in labels.items()}
     if color_jitter:
-        for b, draw in enumerate(draws):
-            images[b] = _jitter(images[b], 1.0 + color_jitter * (2.0 * draw.rest.random(3) - 1.0))
+        strengths = [[1.0 + color_jitter * (2.0 * number - 1.0) for number in draw.colors] for draw in draws]
+        images = torch.stack([_jitter(image, part) for image, part in zip(images, strengths, strict=True)])
     return Batch(batch.keys, images, labels)
 
 
-def mirrored(
-    positions: Sequence[int], *, seed: int, hflip: bool, random_resized_crop: float, rotation: float = 0.0
-) -> tuple[bool, ...]:
-    """Which of the images at these positions `augment` mirrors."""
-    draws = _lots(positions, seed=seed, hflip=hflip, crops=random_resized_crop < 1.0, turns=rotation > 0)
-    return tuple(draw.mirrored for draw in draws)
-
-
-@dataclass(frozen=True, slots=True)
-class _Lot:
-    """The random draws of an image: its square and angle, each in [0, 1), mirrored; rest: the generator for colours."""
-
-    square: tuple[float, ...]
-    angle: float
-    mirrored: bool
-    rest: np.random.Generator
-
-
-def _lots(positions: Sequence[int], *, seed: int, hflip: bool, crops: bool, turns: bool) -> list[_Lot]:
-    """Draws in this order, and only what is used: a new draw must come last, or old runs would no longer reproduce."""
-    draws = []
-    for position in positions:
-        rng = generator("augment", seed, position)
-        square = tuple(rng.random(3)) if crops else ()
-        angle = rng.random() if turns else 0.5
-        draws.append(_Lot(square, angle, bool(hflip and rng.random() < 0.5), rng))
-    return draws
-
-
-def _square(lot: Sequence[float], size: int, smallest: float) -> tuple[int, int, int]:
+def _square(numbers: Sequence[float], size: int, smallest: float) -> tuple[int, int, int]:
     """Top, left and side of a square of a size x size region whose area fraction is uniform in [smallest, 1]."""
-    side = max(1, round(size * math.sqrt(smallest + (1.0 - smallest) * lot[0])))
-    top, left = (int(fraction * (size - side + 1)) for fraction in lot[1:])
+    side = max(1, round(size * math.sqrt(smallest + (1.0 - smallest) * numbers[0])))
+    top, left = (int(fraction * (size - side + 1)) for fraction in numbers[1:])
     return top, left, side
 
 
@@ -203,9 +191,9 @@ def _luma(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(LUMA, dtype=dtype, device=device)[:, None, None]
 
 
-def _jitter(image: Tensor, strengths: np.ndarray) -> Tensor:
+def _jitter(image: Tensor, strengths: Sequence[float]) -> Tensor:
     """(3,H,W) with brightness, contrast (about the mean grey) and saturation multiplied, clamped to [0,1]."""
-    brightness, contrast, saturation = (float(s) for s in strengths)
+    brightness, contrast, saturation = strengths
     weights = _luma(image.device, image.dtype)
     image = image * brightness
     mean = (image * weights).sum(0).mean()

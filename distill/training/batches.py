@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
 from distill.shards.features import Features, StackedFeatures, moved
-from distill.training.augment import augment, mirrored
+from distill.training.augment import Draw, augment, draw
 from distill.training.label_choice import AVERAGES, learnt_labels
 from distill.training.sampling import SamplePosition
 from distill.training.settings import TrainSettings
@@ -148,12 +148,16 @@ def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, amon
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A sample that was read: its position, its teachers' shares, the teacher to use ("" in a held-out batch)."""
+    """A sample that was read: its position, its teachers' shares, the teacher to use ("" in a held-out batch).
+
+    draw: of its augmentation; None in a held-out batch.
+    """
 
     place: SamplePosition
     among: dict[str, float]
     teacher: str
     sample: Any
+    draw: Draw | None = None
     features: Features | None = None
 
 
@@ -172,20 +176,23 @@ def group_rows(items: Sequence[Item]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Images of a micro-batch that are alike: rows, positions in the stream, the teacher used and all shares."""
+    """Images of a micro-batch that are alike: rows, positions in the stream, draws, the teacher used and all shares."""
 
     rows: tuple[int, ...]
     positions: tuple[int, ...]
+    draws: tuple[Draw, ...]
     teacher: str
     among: Mapping[str, float]
 
 
 def groups_of(items: Sequence[Item]) -> list[Group]:
     """The items as groups, by `group_rows`."""
-    return [
-        Group(tuple(rows), tuple(items[r].place.position for r in rows), items[rows[0]].teacher, items[rows[0]].among)
-        for rows in group_rows(items)
-    ]
+    groups = []
+    for rows in group_rows(items):
+        alike = [items[row] for row in rows]
+        positions, draws = tuple(item.place.position for item in alike), tuple(item.draw or Draw() for item in alike)
+        groups.append(Group(tuple(rows), positions, draws, alike[0].teacher, alike[0].among))
+    return groups
 
 
 def augmented_batch(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
@@ -195,9 +202,7 @@ def augmented_batch(group: Group, batch: Batch, settings: TrainSettings) -> Batc
         batch = labels_to_learn(batch, s, teacher=group.teacher, among=group.among)
     batch = augment(
         batch,
-        group.positions,
-        seed=s.seed,
-        hflip=s.hflip,
+        group.draws,
         color_jitter=s.color_jitter,
         random_resized_crop=s.random_resized_crop,
         rotation=s.rotation,
@@ -206,18 +211,26 @@ def augmented_batch(group: Group, batch: Batch, settings: TrainSettings) -> Batc
     return labels_to_learn(batch, s, teacher=group.teacher, among=group.among) if averaged else batch
 
 
-def is_mirrored(positions: Sequence[int], s: TrainSettings) -> tuple[bool, ...]:
-    """Which of the images at these stream positions the augmentation mirrors."""
-    crop = s.random_resized_crop
-    return mirrored(positions, seed=s.seed, hflip=s.hflip, random_resized_crop=crop, rotation=s.rotation)
+def draw_of(position: int, s: TrainSettings) -> Draw:
+    """The draws of the augmentation at a stream position."""
+    return draw(
+        position,
+        seed=s.seed,
+        hflip=s.hflip,
+        color_jitter=s.color_jitter,
+        random_resized_crop=s.random_resized_crop,
+        rotation=s.rotation,
+    )
 
 
-def join_groups(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:
+def join_groups(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
     """Finished batches of the groups as one micro-batch, its images in the order of the stream."""
-    placed = sorted((row, place) for group in groups for row, place in zip(group.rows, group.positions, strict=True))
-    positions = tuple(place for _, place in placed)
-    s = settings
-    is_flipped = is_mirrored(positions, s)
+    of_row = {
+        row: (position, draw.mirrored)
+        for group in groups
+        for row, position, draw in zip(group.rows, group.positions, group.draws, strict=True)
+    }
+    positions, is_flipped = zip(*(of_row[row] for row in sorted(of_row)), strict=True)
     if len(groups) == 1:
         [batch], [group] = batches, groups
         taught_all = TaughtRows(None, batch.labels[group.teacher], group.teacher)

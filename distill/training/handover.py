@@ -10,12 +10,14 @@ its oldest never waits for a slot held by a later one, as it could with slots sh
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,42 +51,46 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Handed:
-    """A batch whose tensors lie in a slot. content: the batch with a Piece for each; used: bytes of the slot."""
+    """A batch whose tensors lie in a slot. content: the batch, packed; pieces: its tensors; used: bytes of the slot."""
 
-    content: Any
+    content: bytes
+    pieces: tuple[Piece, ...]
     used: int
     reader: int
     slot: int
 
 
-def mapped(item: Any, leaf: type, change: Callable[[Any], Any]) -> Any:
-    """A copy of nested dataclasses, mappings, lists and tuples with each `leaf` changed; parts without one are kept."""
-    if isinstance(item, leaf):
-        return change(item)
-    if is_dataclass(item) and not isinstance(item, type):
-        parts = {field.name: getattr(item, field.name) for field in fields(item)}
-        changed = {name: mapped(part, leaf, change) for name, part in parts.items()}
-        new = {name: part for name, part in changed.items() if part is not parts[name]}
-        return replace(item, **new) if new else item
-    if isinstance(item, Mapping):
-        changed = {name: mapped(part, leaf, change) for name, part in item.items()}
-        return item if all(changed[name] is part for name, part in item.items()) else changed
-    if isinstance(item, tuple | list):
-        changed_items = [mapped(part, leaf, change) for part in item]
-        return item if all(a is b for a, b in zip(changed_items, item, strict=True)) else type(item)(changed_items)
-    return item
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, item: Any) -> int | None:
+        if not isinstance(item, Tensor):
+            return None
+        self.tensors.append(item)
+        return len(self.tensors) - 1
 
 
-def tensors_of(item: Any) -> list[Tensor]:
-    """Every tensor in it."""
-    tensors: list[Tensor] = []
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self.tensors = tensors
 
-    def collect(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
+    def persistent_load(self, number: int) -> Tensor:
+        return self.tensors[number]
 
-    mapped(item, Tensor, collect)
-    return tensors
+
+def packed(item: Any) -> tuple[bytes, list[Tensor]]:
+    """Any item as bytes without its tensors, and these."""
+    packer = _Packer(file := io.BytesIO())
+    packer.dump(item)
+    return file.getvalue(), packer.tensors
+
+
+def unpacked(content: bytes, tensors: Sequence[Tensor]) -> Any:
+    """The item of `packed`, with these tensors."""
+    return _Unpacker(io.BytesIO(content), tensors).load()
 
 
 class Handover:
@@ -108,18 +114,14 @@ class Handover:
 
     def give(self, batch: Any) -> Any:
         """In a reading process: the batch as `Handed`, unchanged where no slot can hold it; an OSError after `end`."""
-        reader, pieces, used = get_worker_info(), [], 0
+        reader = get_worker_info()
         if reader is None:
             return batch
-
-        def place(tensor: Tensor) -> Piece:
-            nonlocal used
-            piece = Piece(used, tensor.dtype, tuple(tensor.shape))
-            pieces.append((piece, tensor))
+        content, tensors = packed(batch)
+        pieces, used = [], 0
+        for tensor in tensors:
+            pieces.append(Piece(used, tensor.dtype, tuple(tensor.shape)))
             used += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-            return piece
-
-        content = mapped(batch, Tensor, place)
         if used > self.size or not pieces:
             return batch
         if not self._has_ended():
@@ -129,9 +131,9 @@ class Handover:
         number = self._batches_given % SLOTS
         self._batches_given += 1
         memory = self.slot(reader.id, number)
-        for piece, tensor in pieces:
+        for piece, tensor in zip(pieces, tensors, strict=True):
             piece.of(memory).copy_(tensor)
-        return Handed(content, used, reader.id, number)
+        return Handed(content, tuple(pieces), used, reader.id, number)
 
     def lock(self, device: torch.device, batches: int) -> None:
         """Page-locks the slots of that many batches, tens of milliseconds each, while the first batch is being read.
@@ -153,7 +155,7 @@ class Handover:
         if device.type == "cuda" and not self._lock(memory, device):
             filled = filled.pin_memory()  # one more copy, as a copy from pageable memory would block
         on_device.copy_(filled, non_blocking=True)
-        return mapped(handed.content, Piece, lambda piece: piece.of(on_device)), on_device
+        return unpacked(handed.content, [piece.of(on_device) for piece in handed.pieces]), on_device
 
     def release(self, handed: Handed) -> None:
         """Lets the slot be filled again; its bytes must have been copied."""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from distill.core import machine
 from distill.core.threads import one_thread
 from distill.shards.codec import Sample
-from distill.shards.features import Features, FeatureStore, stacked
+from distill.shards.features import FeatureStore, stacked
 from distill.training.batches import (
     Collate,
     Item,
@@ -31,15 +31,15 @@ from distill.training.batches import (
     TaughtRows,
     augmented_batch,
     check_teachers,
+    draw_of,
     group_rows,
     groups_of,
-    is_mirrored,
     join_groups,
     labels_to_learn,
     shares_among,
 )
 from distill.training.canonical import canonical
-from distill.training.handover import tensors_of
+from distill.training.handover import packed
 from distill.training.label_choice import choose_patches, choose_teacher, convert_labels
 from distill.training.sampling import MicroBatchPositions, SamplePosition
 from distill.training.settings import TrainSettings
@@ -65,9 +65,7 @@ class _Training:
             batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
             with one_thread():  # as in workers: the mean of a map differs in its last bits on more threads
                 augmented = [augmented_batch(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
-            return replace(
-                join_groups(groups, augmented, self.settings), features=stacked([item.features for item in read])
-            )
+            return replace(join_groups(groups, augmented), features=stacked([item.features for item in read]))
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -146,15 +144,13 @@ class StreamSamples(Dataset[Any]):
                     name: convert_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()
                 }
                 sample = replace(sample, labels=converted)
-            return Item(place, among, teacher, sample, self._features(place, sample))
+            draw = draw_of(place.position, s) if self.learning else None
+            features = None
+            if self.features is not None:
+                features = self.features.get(sample.key, mirrored=draw is not None and draw.mirrored)
+            return Item(place, among, teacher, sample, draw, features)
         except (ValueError, LookupError, OSError) as error:
             return error
-
-    def _features(self, place: SamplePosition, sample: Any) -> Features | None:
-        if self.features is None:
-            return None
-        is_flipped = self.learning and is_mirrored((place.position,), self.settings)[0]
-        return self.features.get(sample.key, mirrored=is_flipped)
 
 
 def end_with_parent(_worker: int = 0) -> None:
@@ -265,7 +261,7 @@ def explain_dead_workers(option: str = "train.workers") -> Iterator[None]:
 
 def _measure(item: Any) -> tuple[int, int]:
     """Bytes and number of the tensors in a data worker's result."""
-    tensors = tensors_of(item)
+    _, tensors = packed(item)
     return sum(tensor.nbytes for tensor in tensors), len(tensors)
 
 

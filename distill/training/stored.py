@@ -11,7 +11,7 @@ Shapes: B images, S region size.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -34,7 +34,7 @@ from distill.training.batches import (
     groups_of,
     join_groups,
 )
-from distill.training.handover import Giving, Handed, Handover, handover_for, mapped, tensors_of
+from distill.training.handover import Giving, Handed, Handover, handover_for, packed, unpacked
 from distill.training.label_choice import convert_labels
 from distill.training.loading import StreamSamples, loader_of, readers_of
 from distill.training.sampling import MicroBatchPositions
@@ -60,8 +60,13 @@ class StoredBatch:
 
     def pin_memory(self) -> StoredBatch:
         """The same in page-locked memory; called by a DataLoader with pin_memory."""
-        pinned: StoredBatch = mapped(self, Tensor, Tensor.pin_memory)
-        return pinned
+        return self.moved(Tensor.pin_memory)[0]
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> tuple[StoredBatch, list[Tensor]]:
+        """The same with each of its tensors moved, and these."""
+        content, tensors = packed(self)
+        tensors = [move(tensor) for tensor in tensors]
+        return unpacked(content, tensors), tensors
 
     def ready(self, settings: TrainSettings) -> MicroBatch:
         """The decoded micro-batch of a step, made on the tensors' device."""
@@ -70,7 +75,7 @@ class StoredBatch:
             s = settings
             labels = {name: convert_labels(coded.decode(), s.kind, s.keep_unmet) for name, coded in g.labels.items()}
             batches.append(augmented_batch(g.group, Batch(g.keys, unit_range(g.images), labels), settings))
-        micro = join_groups([g.group for g in self.groups], batches, settings)
+        micro = join_groups([g.group for g in self.groups], batches)
         return replace(micro, features=self.features)
 
 
@@ -146,8 +151,7 @@ def _on_device(
     def send(batch: StoredBatch | Handed) -> tuple[StoredBatch, list[Tensor]]:
         with torch.cuda.stream(stream):
             if handover is None or not isinstance(batch, Handed):
-                moved = cast(StoredBatch, mapped(batch, Tensor, lambda x: x.to(device, non_blocking=True)))
-                return moved, tensors_of(moved)
+                return cast(StoredBatch, batch).moved(lambda x: x.to(device, non_blocking=True))
             received, memory = handover.take(batch, device)
             sent.append((batch, None if stream is None else stream.record_event()))
             return received, [memory]

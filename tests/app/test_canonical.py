@@ -28,7 +28,7 @@ from distill.shards.codec import decode_sample, encode_sample
 from distill.students import checkpoint
 from distill.students.modelcard import canonical_rule
 from distill.teachers import depth_anything_3
-from distill.training.augment import augment
+from distill.training.augment import Draw, augment
 from distill.training.canonical import canonical
 from distill.training.loading import StreamSamples
 from distill.training.sampling import SamplePosition
@@ -97,8 +97,10 @@ def test_a_crop_is_a_longer_lens():
     ones = torch.ones(2, 16, 16)
     labels = Labels(DepthMap(6 * ones, ones > 0, Kind.METRIC_DEPTH), None, torch.zeros(2, 0, 4))
     batch = Batch(("a", "b"), torch.rand(2, 3, 16, 16), {"t": labels})
-    given = {"seed": 0, "hflip": False, "color_jitter": 0.0, "random_resized_crop": 0.3}
-    plain, learnt = (augment(batch, [0, 1], canonical=on, **given).labels["t"].shared for on in (False, True))
+    draws = [Draw(square=(0.1, 0.4, 0.6)), Draw(square=(0.2, 0.0, 0.9))]
+    plain, learnt = (
+        augment(batch, draws, canonical=on, random_resized_crop=0.3).labels["t"].shared for on in (False, True)
+    )
     assert (plain.values == 6).all() and (learnt.values < 6).all() and (learnt.values > 6 * 0.3**0.5 - 0.3).all()
 
 

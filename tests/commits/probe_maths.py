@@ -273,6 +273,7 @@ def _rates(record: Record) -> None:
 
 def _augment(record: Record) -> None:
     augment, labels, depth = one("augment", "augment"), part("labels"), part("depth")
+    draw = getattr(importlib.import_module(augment.__module__), "draw", None)  # older checkouts draw inside `augment`
     generator = torch.Generator().manual_seed(2)
     images, values = torch.rand(6, 3, 40, 40, generator=generator), torch.rand(6, 40, 40, generator=generator)
     local = torch.rand(12, 20, 20, generator=generator)
@@ -288,7 +289,12 @@ def _augment(record: Record) -> None:
         "flip": {"hflip": True, "colour": 0.0, "crop": 1.0},
         "crop": {"hflip": False, "colour": 0.0, "crop": 0.3},
     }.items():
-        out = call(augment, batch, list(range(50, 56)), seed=9, **options)
+        places: list[Any] = list(range(50, 56))
+        if draw is None:
+            out = call(augment, batch, places, seed=9, **options)
+        else:
+            draws = [call(draw, place, seed=9, rotation=0.0, **options) for place in places]
+            out = call(augment, batch, draws, colour=options["colour"], crop=options["crop"])
         augmented = out.labels["a"]
         results |= {
             f"{name}.images": out.images,

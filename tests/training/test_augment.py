@@ -10,11 +10,17 @@ import torch
 from distill.core.crops import sample_boxes
 from distill.core.depth import DepthMap
 from distill.core.labels import Batch, Labels
-from distill.training.augment import augment, mirrored
-from distill.training.batches import is_mirrored
+from distill.training.augment import augment, draw
+from distill.training.batches import draw_of
 from distill.training.loading import training_batches
 from distill.training.sampling import MicroBatchPositions, make_order
 from tests.training.toys import KIND, Toys, assert_same_run, collate, run, settings
+
+
+def augmented(batch, positions, *, seed=0, hflip=False, **how):
+    """The batch, augmented by what is drawn at these positions of the stream."""
+    plain = {"color_jitter": 0.0, "random_resized_crop": 1.0, "rotation": 0.0} | how
+    return augment(batch, [draw(place, seed=seed, hflip=hflip, **plain) for place in positions], **plain)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +36,7 @@ def test_geometry_moves_image_maps_and_patches_together(given):
     local = DepthMap(patches.reshape(-1, 32, 32), torch.ones(count * 2, 32, 32, dtype=torch.bool), KIND)
     labels = Labels(DepthMap(maps, torch.ones_like(maps, dtype=torch.bool), KIND), local, boxes)
     batch = Batch(tuple("abcdef"), maps[:, None].expand(-1, 3, -1, -1), {"t": labels})
-    out = augment(
-        batch, range(count), seed=0, **({"hflip": False, "color_jitter": 0.0, "random_resized_crop": 1.0} | given)
-    )
+    out = augmented(batch, range(count), **given)
     moved = out.labels["t"]
     assert not torch.equal(moved.shared.values, maps)
     assert torch.equal(batch.images, maps[:, None].expand(-1, 3, -1, -1))  # the input is left alone
@@ -49,17 +53,16 @@ def test_a_crop_does_not_spread_what_is_invalid():
     values[:, 4:6, 4:6] = math.nan
     labels = Labels(DepthMap(values, values.isfinite(), KIND), None, torch.zeros(1, 0, 4))
     batch = Batch(("a",), torch.zeros(1, 3, 16, 16), {"t": labels})
-    shared = augment(batch, [0], seed=0, hflip=False, color_jitter=0.0, random_resized_crop=0.5).labels["t"].shared
+    shared = augmented(batch, [0], random_resized_crop=0.5).labels["t"].shared
     assert not shared.valid.all() and torch.equal(shared.values[shared.valid], torch.ones(int(shared.valid.sum())))
 
 
 def test_colour_changes_the_image_alone_and_by_place_in_the_stream():
     batch = collate([Toys()[0], Toys()[0]])
-    draws = {"seed": 0, "hflip": False, "color_jitter": 0.4, "random_resized_crop": 1.0}
-    out = augment(batch, [5, 6], **draws)
+    out = augmented(batch, [5, 6], color_jitter=0.4)
     assert torch.equal(out.labels["primary"].shared.values, batch.labels["primary"].shared.values)
     assert not torch.equal(out.images[0], out.images[1]) and 0 <= out.images.min() and out.images.max() <= 1
-    assert torch.equal(augment(batch, [6, 5], **draws).images, out.images.flip(0))
+    assert torch.equal(augmented(batch, [6, 5], color_jitter=0.4).images, out.images.flip(0))
 
 
 def test_augmented_training_is_cut_like_any_other(tmp_path):
@@ -101,8 +104,7 @@ def test_a_turn_moves_image_and_map_alike_and_what_comes_from_outside_is_invalid
     labels = Labels(DepthMap(maps, valid, KIND), None, torch.zeros(4, 0, 4))
     images = torch.stack([maps, torch.ones_like(maps), torch.ones_like(maps)], 1)  # two channels say what is covered
     batch = Batch(tuple("abcd"), images, {"t": labels})
-    plain = {"seed": 3, "hflip": False, "color_jitter": 0.0, "random_resized_crop": 1.0}
-    out = augment(batch, range(4), rotation=20.0, **plain)
+    out = augmented(batch, range(4), seed=3, rotation=20.0)
     shared = out.labels["t"].shared
     inside = shared.valid & (out.images[:, 1] > 0.999)
     # Nearest against bilinear: half a pixel of a slope of 3 / width.
@@ -111,23 +113,22 @@ def test_a_turn_moves_image_and_map_alike_and_what_comes_from_outside_is_invalid
     assert outside.any() and not (shared.valid & outside).any() and 0.6 < shared.valid.float().mean() < 0.99
     centre = (height // 2, width // 2)
     assert (shared.values[:, centre[0], centre[1]] - maps[:, centre[0], centre[1]]).abs().max() < 4 / width
-    still = augment(batch, range(4), rotation=1e-9, **plain).labels["t"].shared
+    still = augmented(batch, range(4), seed=3, rotation=1e-9).labels["t"].shared
     assert torch.equal(still.values[still.valid], maps[still.valid]) and torch.equal(still.valid, valid)
     with_patches = Labels(labels.shared, labels.shared, torch.zeros(4, 1, 4))
     with pytest.raises(ValueError, match="labels of patches cannot be rotated"):
-        augment(Batch(batch.keys, batch.images, {"t": with_patches}), range(4), rotation=5.0, **plain)
+        augmented(Batch(batch.keys, batch.images, {"t": with_patches}), range(4), rotation=5.0)
 
 
 @pytest.mark.parametrize("rotation", [0.0, 2.0])
 @pytest.mark.parametrize("smallest", [1.0, 0.5])
 def test_what_is_said_to_be_mirrored_is(smallest, rotation):
-    """Stored features and noise are mirrored by what `mirrored` says, the image by what `augment` draws."""
+    """Stored features and noise are mirrored by what the draw says, and so is the image."""
     ramp = torch.linspace(0, 1, 32).expand(16, 3, 32, 32).contiguous()  # brighter to the right
     how = {"seed": 3, "hflip": True, "random_resized_crop": smallest, "rotation": rotation}
-    turned = augment(Batch(("k",) * 16, ramp, {}), range(16), color_jitter=0.0, **how).images
+    turned = augmented(Batch(("k",) * 16, ramp, {}), range(16), **how).images
     darker = [bool(one[:, 8:24, 4:14].mean() > one[:, 8:24, 18:28].mean()) for one in turned]
-    assert tuple(darker) == mirrored(range(16), **how) and 0 < sum(darker) < 16
-    assert is_mirrored(range(16), settings(**how)) == tuple(darker)
+    assert darker == [draw_of(place, settings(**how)).mirrored for place in range(16)] and 0 < sum(darker) < 16
 
 
 @pytest.mark.parametrize(
@@ -136,5 +137,5 @@ def test_what_is_said_to_be_mirrored_is(smallest, rotation):
 )
 def test_what_is_drawn_stays_what_it_was(smallest, rotation, expected):
     """A run that is resumed, or repeated to compare, must see what it saw: a draw that nobody asked for moves all."""
-    how = {"seed": 3, "hflip": True, "random_resized_crop": smallest, "rotation": rotation}
-    assert "".join("01"[turned] for turned in mirrored(range(16), **how)) == expected
+    how = {"seed": 3, "hflip": True, "random_resized_crop": smallest, "rotation": rotation, "color_jitter": 0.2}
+    assert "".join("01"[draw(place, **how).mirrored] for place in range(16)) == expected

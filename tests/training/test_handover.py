@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 
 from distill.core import machine
 from distill.shards.shards import LabelDataset
-from distill.training.handover import SLOTS, SPARE, Giving, Handed, Handover, handover_for, mapped, tensors_of
+from distill.training.handover import SLOTS, SPARE, Giving, Handed, Handover, handover_for, packed, unpacked
 from distill.training.loading import Readers, StreamSamples, loader_of, readers_of
 from distill.training.sampling import MicroBatchPositions, make_order
 from distill.training.settings import TrainSettings
@@ -41,7 +41,7 @@ def positions_of(labels):
 
 def same(ours, theirs):
     assert ours.keys == theirs.keys
-    mine, its = tensors_of(ours), tensors_of(theirs)
+    mine, its = packed(ours)[1], packed(theirs)[1]
     assert len(mine) == len(its) > 5
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(mine, its, strict=True))
 
@@ -218,7 +218,7 @@ def test_slots_are_taken_where_shared_memory_allows(monkeypatch, labels):
     assert handover_for(2, 10_000) is None
     monkeypatch.undo()
     samples, positions = StreamSamples(labels, SETTINGS, learning=True, coded=True), positions_of(labels)
-    size = sum(x.nbytes for x in tensors_of(collate_stored([samples[p] for p in next(iter(positions))])))
+    size = sum(x.nbytes for x in packed(collate_stored([samples[p] for p in next(iter(positions))]))[1])
     assert readers_of(samples, positions, collate_stored, 2, measured=True).size == size > 0
     assert readers_of(samples, positions, collate_stored, 0, measured=True) == Readers(0)
 
@@ -227,8 +227,8 @@ def test_outside_a_reading_process_nothing_is_handed_over():
     assert get_worker_info() is None and Handover(1, 64).give([torch.ones(2)])[0].tolist() == [1.0, 1.0]
 
 
-def test_what_holds_no_tensor_stays_the_very_same():
-    one = SETTINGS
-    assert mapped(one, torch.Tensor, lambda x: x + 1) is one
-    parts = mapped({"a": (torch.ones(1), "b")}, torch.Tensor, lambda x: x + 1)
-    assert parts["a"][0].item() == 2.0 and parts["a"][1] == "b"
+def test_what_is_packed_without_its_tensors_takes_others():
+    content, tensors = packed({"a": (torch.ones(1000), "b"), "c": SETTINGS})
+    assert [x.numel() for x in tensors] == [1000] and len(content) < 2000
+    again = unpacked(content, [torch.zeros(1)])
+    assert again["a"][0].item() == 0.0 and again["a"][1] == "b" and again["c"] == SETTINGS
