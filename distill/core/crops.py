@@ -161,6 +161,10 @@ def cut_patches(image: Tensor, plan: Plan) -> Tensor:
     return torch.stack([resize(part, size, size).movedim(0, -1) for part in parts]).movedim(-1, 1)
 
 
+INSIDE_TOLERANCE = 1e-4
+"""In pixels: how far beyond the outermost pixel centres a sample still counts as inside."""
+
+
 def sample_boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Sample each box of each map at size x size, bilinear, differentiable.
 
@@ -174,9 +178,8 @@ def sample_boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor
     rows = top + (bottom - top) * centres
     columns = left + (right - left) * centres
     values = read_boxes(maps, rows, columns)
-    tolerance = 1e-4
-    row_inside = (rows * height >= 0.5 - tolerance) & (rows * height <= height - 0.5 + tolerance)
-    column_inside = (columns * width >= 0.5 - tolerance) & (columns * width <= width - 0.5 + tolerance)
+    row_inside = (rows * height >= 0.5 - INSIDE_TOLERANCE) & (rows * height <= height - 0.5 + INSIDE_TOLERANCE)
+    column_inside = (columns * width >= 0.5 - INSIDE_TOLERANCE) & (columns * width <= width - 0.5 + INSIDE_TOLERANCE)
     return values, row_inside[..., :, None] & column_inside[..., None, :]
 
 

@@ -89,6 +89,17 @@ def median_and_mean_abs_dev(
     return _deviation(values, valid)
 
 
+def sample_boxes(
+    maps: Tensor, boxes: Tensor, size: int, *, reference: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor] | None:
+    """As `crops.sample_boxes`, values and inside (B,N,size,size). reference: its torch code."""
+    if not (has_kernels(maps) and maps.numel() and boxes.numel()):
+        return None
+    if not _trusted("boxes", maps.device, lambda device: _try_boxes(device, reference)):
+        return None
+    return _boxes(maps, boxes, size)
+
+
 def _trusted(name: Hashable, device: torch.device, trial: Callable[[torch.device], Pairs]) -> bool:
     """Whether the kernels of this name work on the device.
 
@@ -173,6 +184,19 @@ def _try_deviation(device: torch.device, reference: Callable[..., tuple[Tensor, 
         yield from zip(_deviation(values, counted), reference(values, counted), strict=True)
 
 
+def _try_boxes(device: torch.device, reference: Callable[..., tuple[Tensor, Tensor]]) -> Pairs:
+    pred, upstream, _, _ = _example(device)
+    places = torch.tensor([[[0.1, 0.2, 0.6, 0.7], [-0.2, 0.5, 0.4, 1.1]]], device=device).expand(2, 2, 4)
+    ours, expected = _boxes(pred, places, 16), reference(pred, places, 16)
+    yield from zip((ours[0], ours[1].float()), (expected[0], expected[1].float()), strict=True)
+    weights = upstream[:, None, :, :16]
+
+    def sampled(sample: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return _differentiated(pred, lambda x: sample(x, places, 16)[0] * weights)
+
+    yield from zip(sampled(_boxes), sampled(reference), strict=True)
+
+
 def _bytes(valid: Tensor) -> Tensor:
     return valid.contiguous().view(torch.uint8)
 
@@ -198,6 +222,13 @@ def _gradient(pred: Tensor, target: Tensor, valid: Tensor, scales: int, normaliz
             pred.contiguous(), label, _bytes(valid),
             scales=scales, normalize=normalize, flat=FLAT, floor=FLOOR, found=whole_image,
         )  # fmt: skip
+
+
+def _boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    from distill.losses.kernels import boxes as kernels
+
+    with torch.cuda.device_of(maps):
+        return kernels.sample_boxes(maps.contiguous(), boxes.detach().to(maps).contiguous(), size)
 
 
 def _deviation(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

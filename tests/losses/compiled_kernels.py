@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from distill.core.crops import sample_boxes
 from distill.losses import fused
 from distill.losses.kernels.small import LARGEST
 from distill.losses.losses import compare, gradient_loss, median_and_mean_abs_dev
@@ -78,6 +79,7 @@ def losses() -> Iterator[torch.Tensor]:
     yield compare(pred, target, valid, "hybrid", label_only=True).loss
     for normalize in (True, False):
         yield gradient_loss(pred, target, valid, normalize=normalize)
+    yield fused.sample_boxes(pred, torch.rand(2, 3, 4), 40, reference=sample_boxes)[0]  # type: ignore[index]
     large = torch.rand(1, LARGEST // 64 + 1, 64, requires_grad=True)
     for values in (pred, large):
         yield median_and_mean_abs_dev(values, torch.ones_like(values, dtype=torch.bool))[1]

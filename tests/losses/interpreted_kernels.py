@@ -13,8 +13,9 @@ from torch import Tensor
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
+from distill.core.crops import sample_boxes
 from distill.losses import fused
-from distill.losses.kernels import contexts, gradient, select, small
+from distill.losses.kernels import boxes, contexts, gradient, select, small
 from distill.losses.losses import _gradient_loss, _median_and_mean_abs_dev, compare, gradient_loss
 from distill.losses.normalize._batched import batch_loss
 from distill.losses.normalize._per_image import FLAT, FLOOR, MIN_PIXELS
@@ -66,6 +67,26 @@ def edge_cases() -> tuple[Tensor, Tensor, Tensor]:
     valid[9, 5, 2:7], target[9, 5, 2:7] = True, torch.tensor([0.0, 0.3, 0.31, 0.6, 1.0])
     pred[~valid] = torch.nan
     return pred, target, valid
+
+
+def check_boxes() -> None:
+    """Boxes inside the map, beyond its corner, of the whole map, between two pixels; more columns than a block has."""
+    boxes.WIDE = 16
+    regions = torch.tensor([[0.1, 0.2, 0.55, 0.65], [-0.2, 0.5, 0.4, 1.1], [0.0, 0.0, 1.0, 1.0], [0.3, 0.3, 0.4, 0.45]])
+    both = torch.stack([regions, regions.flip(0)])
+    for (height, width), size in (((7, 6), 9), ((4, 20), 6)):
+        pred = torch.rand(2, height, width, generator=torch.Generator().manual_seed(size))
+        upstream = torch.rand(2, 4, size, size, generator=torch.Generator().manual_seed(1))
+        results = []
+        for sample in (boxes.sample_boxes, sample_boxes):
+            x = pred.clone().requires_grad_()
+            values, inside = sample(x, both, size)
+            results.append((values.detach(), inside, torch.autograd.grad((values * upstream).sum(), x)[0]))
+        (values, inside, slopes), (expected, expected_inside, expected_slopes) = results
+        assert torch.equal(inside, expected_inside) and 0 < int(inside.sum()) < inside.numel()
+        torch.testing.assert_close(values, expected, rtol=0, atol=3e-6 * max(height, width))
+        torch.testing.assert_close(slopes, expected_slopes, rtol=2e-4, atol=1e-3)
+    assert boxes.sample_boxes(pred, both[:, :0], 5)[0].shape == (2, 0, 5, 5)
 
 
 def check_hybrid_in_several_blocks() -> None:
@@ -213,6 +234,11 @@ def check_the_losses_take_them() -> None:
     torch.testing.assert_close(gradient_loss(pred, target, valid, whole_image=comparison.whole_image), expected[1])
     assert ("contexts", (1,), 0.0, False, True) in {name for name, _ in fused._tried}
     assert compare(pred.double(), target, valid, "global").whole_image is None
+    places = torch.tensor([[[0.1, 0.2, 0.6, 0.7]]]).expand(2, 1, 4)
+    seen, inside = fused.sample_boxes(pred, places, 5, reference=sample_boxes)
+    torch.testing.assert_close(seen, sample_boxes(pred, places, 5)[0])
+    assert inside.all() and fused._tried["boxes", pred.device]
+    assert fused.sample_boxes(pred.double(), places, 5, reference=sample_boxes) is None
     pred[0, valid[0]] = torch.nan
     broken = compare(pred, target, valid, "global")
     assert broken.loss.isnan().tolist() == [True, False]

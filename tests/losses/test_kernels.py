@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 
+from distill.core.crops import sample_boxes
 from distill.core.plugins import find
 from distill.losses import fused
 from distill.losses.kernels import launch
@@ -24,7 +25,7 @@ def test_the_interpreted_kernels_give_the_numbers_of_the_torch_code():
     command = [sys.executable, "-m", "tests.losses.interpreted_kernels"]
     done = subprocess.run(command, env=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert len(done.stdout.split()) == 9
+    assert len(done.stdout.split()) == 10
 
 
 @pytest.mark.slow
@@ -36,7 +37,7 @@ def test_the_kernels_compile_for_an_h100_and_add_no_floats_in_any_order():
     done = subprocess.run(command, env=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     kernels = {line.split()[1].rstrip(":"): line for line in done.stdout.splitlines()}
-    assert len(kernels) == 8
+    assert len(kernels) == 10
     assert "stack 0" in kernels["_edges"]  # others spill a few bytes at most
 
 
@@ -154,6 +155,25 @@ def test_the_card_gives_the_numbers_of_the_cpu_twice_the_same(name, options, lou
     for mine, theirs in zip(runs[0], on_cpu, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
     assert fused._tried and all(fused._tried.values())
+
+
+@pytest.mark.cuda
+def test_the_maps_in_boxes_on_the_card(loud):
+    pred, upstream, _ = maps(6)
+    boxes = torch.tensor([[[0.1, 0.2, 0.6, 0.7], [-0.2, 0.5, 0.4, 1.1], [0.0, 0.0, 1.0, 1.0]]]).expand(2, 3, 4)
+    values, inside = sample_boxes(pred, boxes, 192)
+    weights = upstream[:, None, :, :192]
+    on_cpu = differentiated(lambda x: sample_boxes(x, boxes, 192)[0] * weights, pred)
+
+    def on_the_card(x):
+        ours, ours_inside = fused.sample_boxes(x, boxes.cuda(), 192, reference=sample_boxes)
+        assert torch.equal(ours_inside.cpu(), inside)
+        torch.testing.assert_close(ours.detach().cpu(), values, rtol=1e-4, atol=1e-4)
+        return ours * weights.cuda()
+
+    runs = [differentiated(on_the_card, pred.cuda()) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    torch.testing.assert_close(runs[0][1], on_cpu[1], rtol=1e-3, atol=1e-4 * float(on_cpu[1].abs().max()))
 
 
 @pytest.mark.cuda

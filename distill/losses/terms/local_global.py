@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.core.crops import sample_boxes, student_blocks
+from distill.core import crops
 from distill.core.labels import Labels
+from distill.losses import fused
 from distill.losses.terms import TermInputs
 
 WEIGHT = 0.5
@@ -22,7 +23,7 @@ def term(inputs: TermInputs) -> Tensor:
         overlap, values, valid, weight = _at_student_pixels(pred, labels)
     else:
         values, size, weight = labels.local.values, labels.local.values.shape[-1], labels.local_weight
-        overlap, inside = sample_boxes(pred, labels.boxes, size)
+        overlap, inside = _sample(pred, labels.boxes, size)
         valid = labels.local.valid & inside.flatten(0, 1)
     loss = inputs.compare(overlap.flatten(0, 1), values, valid, weight).loss.reshape(batch, num)
     labelled = valid.reshape(batch, num, -1).any(-1)
@@ -33,11 +34,17 @@ def _at_student_pixels(pred: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Te
     """The student's pixels over each patch (B,N,n,n); the label, its valid mask and its weight there, (B*N,n,n)."""
     local = labels.local
     assert local is not None
-    blocks, within, number = student_blocks(labels.boxes, pred.shape[-1])
-    overlap, _ = sample_boxes(pred, blocks, number)
+    blocks, within, number = crops.student_blocks(labels.boxes, pred.shape[-1])
+    overlap, _ = _sample(pred, blocks, number)
     boxes = within.flatten(0, 1)[:, None]
     known = local.valid & torch.isfinite(local.values)
-    values, inside = sample_boxes(torch.where(known, local.values, 0.0), boxes, number)
-    valid = inside & (sample_boxes(known.float(), boxes, number)[0] > 0.999)
-    weight = None if labels.local_weight is None else sample_boxes(labels.local_weight, boxes, number)[0][:, 0]
+    values, inside = _sample(torch.where(known, local.values, 0.0), boxes, number)
+    valid = inside & (_sample(known.float(), boxes, number)[0] > 0.999)
+    weight = None if labels.local_weight is None else _sample(labels.local_weight, boxes, number)[0][:, 0]
     return overlap, values[:, 0], valid[:, 0], weight
+
+
+def _sample(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """As `crops.sample_boxes`."""
+    fused_result = fused.sample_boxes(maps, boxes, size, reference=crops.sample_boxes)
+    return crops.sample_boxes(maps, boxes, size) if fused_result is None else fused_result
