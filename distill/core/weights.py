@@ -220,7 +220,7 @@ class _Inert(dict[str, Any]):
 
 # Classes of plain records that trainers save beside weights. Only their names are used.
 _RECORDS = re.compile(
-    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.\w+|datetime\.\w+|collections\.(defaultdict|deque)|enum\.\w+"
+    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?\w+|datetime\.\w+|collections\.(defaultdict|deque)|enum\.\w+"
     r"|numpy\.(_?core\.)?multiarray\.(scalar|_reconstruct)|numpy\._core\.multiarray\.\w+|numpy\.(dtypes\.)?\w+"
     r"|(omegaconf|yacs|easydict|addict|ml_collections|box)(\.\w+)*|(mmcv|mmengine)\.(utils\.)?config(\.\w+)*"
     r"|(pytorch_lightning|lightning|lightning_fabric)(\.\w+)*|typing\.\w+|(__builtin__|builtins)\.(set|frozenset|complex|slice|range|bytearray|object)"

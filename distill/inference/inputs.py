@@ -125,11 +125,10 @@ def _glob(pattern: Path) -> list[Path]:
     base, parts = Path(pattern.anchor or "."), list(pattern.relative_to(pattern.anchor).parts)
     while parts and (base / parts[0]).exists():
         base /= parts.pop(0)
-    if not parts:
-        return []
     glob = "/".join(parts)
     if not _NUMBER.search(glob):
-        return sorted(base.glob(glob))
+        # A plain name is not there, but from Python 3.13 on a link to nothing matches its own.
+        return sorted(base.glob(glob)) if set(glob) & set("*?[") else []
     literals = re.split(r"%0?\d*d", glob)
     widths = [int(width or 1) for width in _NUMBER.findall(glob)]
     digits = [rf"(\d{{{width},}})" for width in widths]

@@ -6,8 +6,10 @@ import argparse
 import json
 import logging
 import os
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -54,6 +56,16 @@ def test_wrappers_come_off(tmp_path, name, zipped):
     torch.save(WRAPPED[name], tmp_path / "w.ckpt", _use_new_zipfile_serialization=zipped)
     state = read_state(tmp_path / "w.ckpt")
     assert state.keys() == RAW.keys() and all(torch.equal(state[key], RAW[key]) for key in RAW)
+
+
+def test_a_path_pickled_by_any_python_is_passed_over(tmp_path, monkeypatch):
+    """Python 3.13 names its class pathlib._local.PosixPath, which others do not have."""
+    module = ModuleType("pathlib._local")
+    module.PosixPath = type("PosixPath", (), {"__module__": module.__name__})
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save({"state_dict": RAW, "out": module.PosixPath()}, tmp_path / "w.ckpt")
+    monkeypatch.delitem(sys.modules, module.__name__)
+    assert read_state(tmp_path / "w.ckpt").keys() == RAW.keys()
 
 
 def test_of_two_tables_the_raw_one_is_taken_aloud_or_the_one_asked_for(tmp_path, caplog):
