@@ -140,7 +140,8 @@ def read_prediction(
     differ, to tell whether the truth's size is that of its image.
     """
     try:
-        values = read_map(path, kind.quantity if kind else "depth")
+        is_metric = kind in (Kind.METRIC_DEPTH, Kind.METRIC_DISPARITY)
+        values = read_map(path, kind.quantity if kind else "", scale=1.0 if is_metric else None)
     except FileNotFoundError:
         raise BadPredictionError("missing") from None
     except OSError as error:
@@ -157,12 +158,13 @@ def read_prediction(
         remedy = "resize it to the image" if crop == "none" else f"crop it like the truth ({crop})"
         raise BadPredictionError(f"the map is {values.shape}, but the truth is {size}: {remedy} before storing")
     is_integer = values.dtype.kind != "f"
-    if is_integer and kind in (Kind.METRIC_DEPTH, Kind.METRIC_DISPARITY) and path.suffix.lower() != ".npy":
+    if is_integer and is_metric and path.suffix.lower() != ".npy":
         raise BadPredictionError(
             f"integers ({values.dtype}) of unknown unit: store metres as .npy, or score another kind"
         )
     remarks = [] if values.dtype.itemsize >= 4 and not is_integer else [f"stored as {values.dtype}"]
-    return np.ascontiguousarray(values, dtype=np.float32), remarks
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is told
+        return np.ascontiguousarray(values, dtype=np.float32), remarks
 
 
 def _damage(path: Path) -> str:

@@ -107,7 +107,7 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
             names = ", ".join(f"{stem}.npy" for stem in stored_stems(key))
             raise MissingMapError(f"no stored map for {key}: looked for {names} (or .npz, .png, ...) in {folder}")
         try:
-            array = read_map(path, map_kind.quantity)
+            array = read_map(path, map_kind.quantity, scale=1.0 if map_kind.unknown == "metric" else None)
         except OSError as error:
             raise ValueError(f"{path} is not a readable map ({error}): predict it again") from error
         return finite(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], map_kind)

@@ -39,7 +39,7 @@ OWNERS = {
     "av": ["distill.inference.video"],
     "pillow_heif": ["distill.data.photos"],
     "OpenEXR": ["distill.data.exrs"],
-    "h5py": ["distill.data.maps"],
+    "h5py": ["distill.data.hdf5s"],
     "fsspec": ["distill.data.storage"],
     "transformers": ["distill.teachers.", "distill.students.remote_code"],
     "diffusers": ["distill.teachers."],

@@ -86,6 +86,7 @@ _MAGIC = (
     (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
     (b"\x89HDF", "HDF5"),
     (b"MATLAB", "a .mat"),
+    *((b"CDF" + bytes([version]), "netCDF 3: store it as netCDF 4 or .npy") for version in (1, 2, 5)),
     (b"Rar!", "a RAR archive"),
     (b"7z\xbc\xaf", "a 7z archive"),
     (b"GGUF", "GGUF"),

@@ -65,9 +65,10 @@ _SHEET_ERROR = re.compile(r"#[\w/]+[!?]?|err:\d+|#+")
 def invalid(text: str) -> tuple[float, tuple[float, ...]]:
     """(lowest value from which all are invalid, single invalid values) of an `invalid` cell."""
     text = text.replace("\u2265", ">=").replace("\u2264", "<=")
-    if ambiguous := re.search(r"(?<![\d.,])65[.,]([0-5]\d\d)(?![\d.,])", text):
+    if ambiguous := _THOUSANDS.search(text):
+        digits = re.sub(r"\D", "", ambiguous[0])
         raise ValueError(
-            f"invalid {text!r}: {ambiguous[0]} may be one value or two: write 65{ambiguous[1]}, or a space between"
+            f'invalid {text!r}: {ambiguous[0]} may be one value or two: write {digits}, or the word "and" between'
         )
     if unit := re.search(rf">=?\s*{NUMBER}\s*(?:[cm]?m|met(?:er|re)s?)\b", text):
         raise ValueError(f"invalid {text!r}: {unit[0]} has a unit, but values are compared as they are stored")
@@ -86,6 +87,10 @@ def invalid(text: str) -> tuple[float, tuple[float, ...]]:
     return min(bounds, default=float("inf")), tuple(sorted({value for value in values if 0 < value < _NEAR_16_BIT_MAX}))
 
 
+_THOUSANDS = re.compile(
+    r"(?<![\d.,])(?:65[.,'\u2019 \u00a0\u2009\u202f][0-5]\d\d|[1-9]\d{0,2}[.,'\u2019 \u00a0\u2009\u202f]000)(?![\d.,])"
+)
+"""65,535 and 10,000 with any separator of thousands, which would be read as two values."""
 _UNSUPPORTED_RULE = re.compile(
-    r"\d\s*(?:[-\u2010-\u2015\u2212]|\.\.|to\b)\s*\d|\d\s*\+|!=|\b0x|\b(?:above|over|beyond|below|under|than)\s+\d"
+    r"\b(?:max\w*|saturat\w*)\b|\d\s*(?:[-\u2010-\u2015\u2212]|\.\.|to\b)\s*\d|\d\s*\+|!=|\b0x|\b(?:above|over|beyond|below|under|than)\s+\d"
 )

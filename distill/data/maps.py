@@ -6,7 +6,8 @@ bin. Colour pictures of maps, with or without a palette, are refused; a grey pal
 16-bit PNG of `distill predict` stores its range and is converted back to values.
 
 A picture with identical channels is read as grey; one with transparent pixels is refused. Values that a TIFF or HDF5
-file declares to be missing (GDAL's tag, netCDF's _FillValue) become NaN.
+file declares to be missing (GDAL's tag, netCDF's _FillValue) become NaN; numbers that it declares to mean others
+(scale and offset) are refused, unless the caller applies just that scale.
 
 Shapes: H height, W width of the map as stored.
 """
@@ -30,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from distill.core import signatures
-from distill.data import damage, exrs, tiffs
+from distill.data import damage, exrs, hdf5s, packing, tiffs
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5, .mat and COLMAP's .bin"
@@ -51,10 +52,14 @@ _NAMES = (
     "prediction",
     "pred_depth",
     "predicted_depth",
+    "inverse_depth",
+    "inv_depth",
+    "invdepth",
+    "idepth",
     "arr_0",
     "dataset",
 )
-_INVERSE = ("disparity", "disp")
+_INVERSE = ("disparity", "disp", "inverse_depth", "inv_depth", "invdepth", "idepth")
 """Those of _NAMES that mean disparity."""
 READ_ERRORS = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, tokenize.TokenError, RecursionError)
 """Exceptions of NumPy and the other readers on damaged files."""
@@ -64,19 +69,21 @@ class BadMapError(OSError):
     """A file that is not a map; the message is the reason, without the file's name."""
 
 
-def read_map(path: Path, quantity: str = "depth") -> np.ndarray:
+def read_map(path: Path, quantity: str = "", *, scale: float | None = 1.0) -> np.ndarray:
     """The (H,W) values of a file as they are stored, of any real dtype; BadMapError says why it is not a map.
 
-    quantity: "depth" or "disparity", the one to take from a file that holds both. Raises FileNotFoundError for a
-    missing file. Axes of length 1 are dropped.
+    quantity: "depth" or "disparity", the one to take from a file that holds both; a file that only holds disparity by
+    its arrays' names is not read as depth. "": either, depth first. scale: by which the caller multiplies the values
+    (None: unknown); a file that declares another is refused. Raises FileNotFoundError for a missing file. Axes of
+    length 1 are dropped.
     """
-    plane = _read(path, quantity)
+    plane = _read(path, quantity, scale)
     if plane.dtype.kind == "b":
         raise BadMapError("holds only true and false: a mask, not a map")
     return plane
 
 
-def _read(path: Path, quantity: str) -> np.ndarray:
+def _read(path: Path, quantity: str, scale: float | None) -> np.ndarray:
     if path.stat().st_size >= MAPPED:
         with path.open("rb") as file:
             if file.read(6) == b"\x93NUMPY":
@@ -84,10 +91,10 @@ def _read(path: Path, quantity: str) -> np.ndarray:
                     return _plane(np.asarray(np.load(path, allow_pickle=False, mmap_mode="c")))
                 except READ_ERRORS as error:
                     raise BadMapError(_unreadable("npy", error)) from error
-    return decode_map(path.read_bytes(), path.name, quantity)
+    return decode_map(path.read_bytes(), path.name, quantity, scale=scale)
 
 
-def decode_map(data: bytes, name: str = "", quantity: str = "depth") -> np.ndarray:
+def decode_map(data: bytes, name: str = "", quantity: str = "", *, scale: float | None = 1.0) -> np.ndarray:
     """`read_map` for a file's bytes, masks included; name: the file's, for the error message of an unknown format."""
     if head := _COLMAP.match(data):
         return _plane(_colmap(data, head))
@@ -95,7 +102,7 @@ def decode_map(data: bytes, name: str = "", quantity: str = "depth") -> np.ndarr
         if data.startswith(magic):
             try:
                 decoded = reader(data)
-                return _plane(_choose_map(decoded, quantity) if isinstance(decoded, dict) else decoded)
+                return _plane(_choose_map(decoded, quantity) if isinstance(decoded, dict) else decoded, scale)
             except BadMapError:
                 raise
             except READ_ERRORS as error:
@@ -121,9 +128,12 @@ def _unreadable(kind: str, error: BaseException) -> str:
     return f"not a readable .{kind} ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
 
 
-def _plane(values: Any) -> np.ndarray:
+def _plane(values: Any, scale: float | None = 1.0) -> np.ndarray:
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
         raise BadMapError(f"holds {getattr(values, 'dtype', type(values).__name__)}, not real numbers")
+    if reason := packing.conflict(values, scale):
+        raise BadMapError(reason)
+    values = np.asarray(values)
     plane = values if values.ndim == 2 else values.reshape([side for side in values.shape if side != 1])
     if plane.ndim != 2 or not plane.size:
         raise BadMapError(f"has the shape {values.shape}: a depth map has one channel, (H, W)")
@@ -166,6 +176,8 @@ def _choose_map(arrays: Mapping[str, Any], quantity: str) -> np.ndarray:
         same_name = [name for name in same_name if name.count("/") == outermost]
         if len(same_name) > 1:
             raise BadMapError(f"holds {', '.join(same_name[:3])}: one map is needed")
+        if quantity == "depth" and same_name[0].rpartition("/")[2].lower() in _INVERSE:
+            raise BadMapError(f"holds {same_name[0]}, but depth is expected: give the kind disparity, or store depth")
         return planes[same_name[0]]
     if len(numbers) > 1:
         planes = {name: array for name, array in planes.items() if sorted(array.shape)[-2] > _MATRIX}
@@ -274,7 +286,7 @@ def _tiff(data: bytes) -> np.ndarray:
         page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
         if sizes.count(sizes[page]) > 1:
             raise BadMapError(f"holds {sizes.count(sizes[page])} pictures of one size: one map is needed")
-    return tiffs.without_nodata(tiffs.numbers(data, page), data, page)  # Pillow does not support float16 or float64
+    return tiffs.as_declared(tiffs.numbers(data, page), data, page)  # Pillow does not support float16 or float64
 
 
 def _page_size(image: Any, number: int) -> tuple[int, int]:
@@ -313,41 +325,9 @@ def _exr(data: bytes) -> np.ndarray:
 
 def _hdf5(data: bytes) -> dict[str, Any]:
     try:
-        import h5py
+        return dict(hdf5s.arrays(data))
     except ImportError as error:
         raise BadMapError('HDF5 (or a new .mat): pip install "depth-distill[maps]", or store .npy') from error
-    arrays: dict[str, np.ndarray] = {}
-
-    def collect(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub" and item.size < 1 << 30:
-            # MATLAB stores arrays column-major, and logical ones as uint8.
-            stored = item[()].T if "MATLAB_class" in item.attrs else item[()]
-            mask = item.attrs.get("MATLAB_class") == b"logical"
-            arrays[name] = np.asarray(stored, bool) if mask else _filled(np.asarray(stored), item.attrs)
-
-    with h5py.File(io.BytesIO(data), "r") as file:
-        file.visititems(collect)
-    return arrays
-
-
-def _filled(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
-    """Replace values that netCDF's attributes declare missing by NaN; integers become floats then."""
-    for name in ("_FillValue", "missing_value"):
-        missing = np.asarray(notes.get(name, np.nan)).ravel()
-        if missing.size == 1 and missing.dtype.kind in "fiu" and (values == missing[0]).any():
-            wide = values if values.dtype.kind == "f" else values.astype(np.float64)
-            values = np.where(values == missing[0], wide.dtype.type(np.nan), wide)
-    return values
-
-
-def open_hdf5(path: Path) -> Any:
-    """Open an HDF5 file that holds many maps, as h5py.File; OSError names the file where it cannot be read."""
-    import h5py
-
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise OSError(f"{path} is not a readable .mat of version 7.3 ({error}); download it again") from error
 
 
 def _mat(data: bytes) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import math
 import os
 import re
@@ -49,6 +50,10 @@ from distill.data.photos import BadImageError, decode, turn, upright_size
 
 _BACKGROUND = 9.9e9
 """Values from here on are a renderer's background: Blender writes 1e10, others the largest float."""
+_SATURATED = 65535
+"""The largest 16-bit code: a sensor's "out of range" in many data sets, a true depth in a few."""
+_told: set[Path] = set()
+_log = logging.getLogger(__name__)
 _FARTHEST = 1e5
 """Metres: where even the nearest point is farther, the scale was probably inverted."""
 _STEREO = re.compile(
@@ -93,9 +98,8 @@ class Pair:
 
         ValueError where its aspect ratio differs from the photograph's, or its metres are implausibly large.
         """
-        raw, size = self._upright(
-            _read_map(self.depth_path, "disparity" if self.baseline else self.kind.quantity).astype(np.float64)
-        )
+        stored = self._stored()
+        raw, size = self._upright(stored.astype(np.float64))
         valid = np.isfinite(raw) & (raw > 0) & (raw < min(self.invalid_from, _BACKGROUND))
         for value in self.invalid_values:
             valid &= raw != value
@@ -111,6 +115,32 @@ class Pair:
             )
         values = np.where(valid, values, 0.0).astype(np.float32)
         return DepthMap(_nearest(torch.from_numpy(values), size), _nearest(torch.from_numpy(valid), size), self.kind)
+
+    def _stored(self) -> np.ndarray:
+        """The map's values (H,W) as stored."""
+        is_metric = self.kind.unknown == "metric"
+        quantity = "disparity" if self.baseline else self.kind.quantity
+        try:
+            stored = maps.read_map(self.depth_path, quantity, scale=self.scale if is_metric else None)
+        except OSError as error:
+            raise OSError(
+                f"{self.depth_path}: not a readable depth map ({error}); fix the file or remove its row"
+            ) from error
+        if is_metric and math.isinf(self.invalid_from) and stored.dtype == np.uint16 and stored.max() == _SATURATED:
+            self._tell_saturated(int((stored == _SATURATED).sum()))
+        return stored
+
+    def _tell_saturated(self, count: int) -> None:
+        """Say once for a folder that its maps may use the largest number for pixels without a measurement."""
+        if self.depth_path.parent not in _told:
+            _told.add(self.depth_path.parent)
+            _log.warning(
+                "%s: %d of its pixels are 65535, which mostly means that nothing was measured, and count as %g m: "
+                "write 65535 in the column invalid, unless that is their depth",
+                self.depth_path,
+                count,
+                self.baseline / (_SATURATED + self.offset) if self.baseline else _SATURATED * self.scale,
+            )
 
     def _upright(self, raw: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         """The map in the orientation of the upright photograph, and the photograph's (H,W)."""
@@ -377,14 +407,6 @@ def _kind(text: str, *, known: bool) -> Kind:
         return Kind(text)
     except ValueError:
         raise ValueError(f"kind must be depth, disparity or one of {', '.join(Kind)}, not {text!r}") from None
-
-
-def _read_map(path: Path, quantity: str) -> np.ndarray:
-    """The map's values (H,W) as stored."""
-    try:
-        return maps.read_map(path, quantity)
-    except OSError as error:
-        raise OSError(f"{path}: not a readable depth map ({error}); fix the file or remove its row") from error
 
 
 def _nearest(plane: Tensor, size: tuple[int, int]) -> Tensor:

@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from distill.data import packing
 from distill.data.colour import UnusablePixelsError
 
 _WORDS = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
 _MODES = {2: "LA", 3: "RGB", 4: "RGBA"}
-_NODATA = 42113
+_GDAL_METADATA, _NODATA = 42112, 42113
 _PHOTOS = (0, 1, 2)
 """Photometric interpretations of plain grey or RGB samples: white is zero, black is zero, RGB."""
 
@@ -31,11 +32,20 @@ def numbers(data: bytes, page: int = 0) -> np.ndarray:
     return np.asarray(imagecodecs.tiff_decode(data, index=page))
 
 
-def without_nodata(values: np.ndarray, data: bytes, page: int = 0) -> np.ndarray:
-    """Samples with NaN where they equal the file's no-data value (GDAL's tag); integers become floats then."""
+def as_declared(values: np.ndarray, data: bytes, page: int = 0) -> np.ndarray:
+    """Samples with what GDAL's tags say of them: NaN for its no-data value, a mark (data.packing) for a scale."""
     try:
-        nodata = float(str(_tags(data, page).get(_NODATA, "nan")).strip(" \0"))
+        tags = _tags(data, page)
     except (ValueError, OSError, LookupError, TypeError, struct.error):
+        return values
+    return packing.by_gdal(_without_nodata(values, str(tags.get(_NODATA, "nan"))), str(tags.get(_GDAL_METADATA, "")))
+
+
+def _without_nodata(values: np.ndarray, text: str) -> np.ndarray:
+    """Samples with NaN where they equal the no-data value; integers become floats then."""
+    try:
+        nodata = float(text.strip(" \0"))
+    except ValueError:
         return values
     with np.errstate(over="ignore", invalid="ignore"):
         # The tag is text with more digits than a float32 sample: it is rounded to the samples' dtype before comparing.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.core.division import unit_range
-from distill.data.maps import open_hdf5
+from distill.data.hdf5s import open_hdf5
 
 NAME = "nyu_depth_v2_labeled.mat"
 # The authors' splits.mat, as ranges.

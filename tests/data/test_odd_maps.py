@@ -10,12 +10,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from distill.core.depth import Kind
 from distill.data.maps import BadMapError, read_map
 from distill.data.pairs import read_pairs
-from distill.eval.stored import read_prediction
+from distill.eval.stored import BadPredictionError, read_prediction
 from distill.teachers import stored
 
 CODES = np.arange(1, 13).reshape(3, 4)
@@ -170,3 +170,65 @@ def test_what_lies_in_a_zip_is_not_quoted(tmp_path):
     (tmp_path / "a.npz").write_bytes(data.getvalue())
     with pytest.raises(BadMapError, match=r"holds readme \(3,\), photo.jpg \(no array\); one map is needed"):
         read_map(tmp_path / "a.npz")
+
+
+def hdf5_with(path, **notes):
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        file.create_dataset("depth", data=CODES.astype(np.uint16)).attrs.update(notes)
+
+
+def gdal_with(path, items):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[42112] = f"<GDALMetadata>{items}</GDALMetadata>"
+    Image.fromarray(CODES.astype(np.uint16)).save(path, tiffinfo=tags)
+
+
+SCALE = '<Item name="SCALE" sample="0" role="scale">0.001</Item>'
+OFFSET = '<Item name="OFFSET" sample="0" role="offset">0.5</Item>'
+
+
+def test_a_scale_that_a_file_declares_is_applied_by_its_reader_or_refused(tmp_path):
+    hdf5_with(tmp_path / "a.h5", scale_factor=0.001, add_offset=0.0)
+    gdal_with(tmp_path / "a.tif", SCALE)
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    for name in ("a.h5", "a.tif"):
+        with pytest.raises(BadMapError, match="mean stored x 0.001 by its own .* 0.001 as scale_to_metres"):
+            read_map(tmp_path / name)
+        assert read_map(tmp_path / name, scale=0.001).tolist() == CODES.tolist()
+        assert type(read_map(tmp_path / name, scale=None)) is np.ndarray
+        with pytest.raises(BadPredictionError, match="stored x 0.001"):
+            read_prediction(tmp_path / name, None, Kind.METRIC_DEPTH)
+        assert read_prediction(tmp_path / name, None, Kind.AFFINE_DEPTH)[0].tolist() == MAP.tolist()
+        for scale, fits in (("1", False), ("mm", True), ("unknown", True)):
+            (tmp_path / "INDEX.tsv").write_text(f"name\trgb\tdepth\tscale_to_metres\nx\ta.png\t{name}\t{scale}\n")
+            if fits:
+                assert read_pairs(tmp_path)[0].truth().valid.all()
+                continue
+            with pytest.raises(OSError, match=f"{name}: not a readable depth map .its numbers mean stored x 0.001"):
+                read_pairs(tmp_path)[0].truth()
+    hdf5_with(tmp_path / "a.h5", scale_factor=1.0, add_offset=-2.0)
+    gdal_with(tmp_path / "a.tif", OFFSET)
+    for name, rule in (("a.h5", "stored x 1 - 2"), ("a.tif", r"stored x 1 \+ 0.5")):
+        with pytest.raises(BadMapError, match=f"mean {rule} by its own declaration, which is not applied: store that"):
+            read_map(tmp_path / name, scale=None)
+    hdf5_with(tmp_path / "a.h5", scale_factor=1.0, add_offset=0.0, units="mm")
+    gdal_with(tmp_path / "a.tif", SCALE.replace('"0"', '"1"'))
+    assert read_map(tmp_path / "a.h5").tolist() == read_map(tmp_path / "a.tif").tolist() == CODES.tolist()
+
+
+def test_disparity_by_its_name_is_not_read_as_depth(tmp_path):
+    for name in ("disparity", "inverse_depth", "inv_depth"):
+        np.savez(tmp_path / "a.npz", **{name: BIG, "confidence": BIG})
+        assert (
+            read_map(tmp_path / "a.npz", "disparity").tolist() == read_map(tmp_path / "a.npz").tolist() == BIG.tolist()
+        )
+        with pytest.raises(BadMapError, match=f"holds {name}, but depth is expected: give the kind disparity"):
+            read_map(tmp_path / "a.npz", "depth")
+
+
+def test_an_old_netcdf_and_numbers_beyond_float32_are_told(tmp_path, recwarn):
+    (tmp_path / "a.nc").write_bytes(b"CDF\1" + bytes(99))
+    with pytest.raises(BadMapError, match="netCDF 3: store it as netCDF 4 or .npy"):
+        read_map(tmp_path / "a.nc")
+    np.save(tmp_path / "a.npy", BIG.astype(float) * 1e300)
+    assert np.isinf(read_prediction(tmp_path / "a.npy", None)[0]).all() and not recwarn.list

@@ -330,3 +330,17 @@ def test_the_table_that_the_guide_shows_is_one(tmp_path):
         (tmp_path / name).touch()
     (pair,) = read_pairs(tmp_path / "t.csv")
     assert (pair.name, pair.kind, pair.scale, pair.focal) == ("kitchen", Kind.METRIC_DEPTH, 0.001, 525.0)
+
+
+def test_the_largest_code_is_told_where_nothing_says_what_it_means(tmp_path, caplog):
+    for scale, invalid, told in (("unknown", "", 0), ("0.001", ">=65000", 0), ("0.001", "", 1), ("0.001", "", 1)):
+        truth = one(tmp_path, scale, invalid).truth()
+        assert len(caplog.messages) == told
+    assert "d.png: 1 of its pixels are 65535" in caplog.text and "count as 65.535 m: write 65535 in" in caplog.text
+    assert truth.valid[0, 0, 3] and float(truth.values[0, 0, 3]) == pytest.approx(65.535)
+
+
+@pytest.mark.parametrize("invalid", ["65 535", "65\u202f535", "65'535", "10,000", "0 and 2.000", "max", "saturated"])
+def test_a_value_with_a_separator_of_thousands_is_not_read_as_two(tmp_path, invalid):
+    with pytest.raises(ValueError, match="may be one value or two: write|is not a supported rule"):
+        one(tmp_path, "0.001", invalid)
