@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.core import signatures
 from distill.core.depth import DepthMap, Kind
 from distill.core.division import unit_range
 from distill.core.files import decoded, files_below, inside, leaves_root
-from distill.core.signatures import packer
 from distill.data import maps
 from distill.data.photos import BadImageError, decode
 from distill.eval.protocol import Protocol, list_hash
@@ -345,7 +345,7 @@ def read_list(path: Path | str, layout: FileLayout) -> Rows:
 def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
     """Whether the tar is compressed, and a plain, seekable file of it: itself, or an anonymous temporary file."""
     file = path.open("rb")
-    opener = _OPENERS.get(packer(file.peek(6)))
+    opener = _OPENERS.get(signatures.packer(file.peek(6)))
     if opener is None:
         return False, file
     plain = tempfile.TemporaryFile()
@@ -366,10 +366,21 @@ def _index(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], str]
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.isreg() and member.offset_data + member.size > size:
+                if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
                     return members, f"{path}: the tar is cut short inside {member.name}; download it again"
+                if member.issparse():
+                    return members, f"{path}: {member.name} is stored sparse: pack it without --sparse"
+                name = member.name.removeprefix("./")
                 if member.isreg():
-                    members[member.name.removeprefix("./")] = member.offset_data, member.size
+                    members[name] = member.offset_data, member.size
+                elif member.islnk() and (target := member.linkname.removeprefix("./")) in members:
+                    members[name] = members[target]  # tar stores the second name of a file as a link to the first
     except tarfile.TarError as error:
-        return members, f"{path}: not a readable tar ({error})"
+        file.seek(0)
+        start = file.read(512)
+        kind = "" if members else signatures.sniff(start) or signatures.text(start)
+        unpack = ": unpack it" if signatures.is_packed(kind) else "; download it again"
+        return members, f"{path}: not a readable tar ({f'{kind}{unpack}' if kind else error})"
+    if size and not members and not any(os.pread(file.fileno(), 512, 0)):
+        return members, f"{path}: begins with zeros: an unfinished download; download it again"
     return members, ""

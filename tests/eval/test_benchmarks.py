@@ -13,6 +13,7 @@ from PIL import Image
 
 from distill.core.plugins import find
 from distill.eval.benchmarks import eth3d
+from distill.eval.benchmarks._files import Files
 from distill.eval.protocol import list_hash
 from distill.eval.score import score
 
@@ -217,3 +218,37 @@ def test_diodes_mask_decides_alone_for_marigold_and_with_the_range_for_clean(tmp
     assert clean.metrics["abs_rel"] == 0.0
     assert marigold.metrics["abs_rel"] == pytest.approx((2.8 / 0.2 + 397 / 400) / 32, rel=1e-5)
     assert marigold.groups["indoors"]["metrics"] == marigold.metrics
+
+
+def test_a_sparse_member_is_refused_and_a_second_name_of_a_file_is_read(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        first = tarfile.TarInfo("./a.bin")
+        first.size = 16
+        tar.addfile(first, io.BytesIO(np.arange(4, dtype="<f4").tobytes()))
+        link = tarfile.TarInfo("b.bin")
+        link.type, link.linkname = tarfile.LNKTYPE, "./a.bin"
+        tar.addfile(link)
+    assert Files(tmp_path / "a.tar").floats("b.bin", (4,)).tolist() == [0, 1, 2, 3]
+    hole = tarfile.TarInfo("hole.bin")
+    hole.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "2048"}
+    body = b"1\n1024\n1024\n".ljust(512, b"\0") + b"x" * 1024
+    hole.size = len(body)
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(hole, io.BytesIO(body))
+    with pytest.raises(OSError, match="s.tar: hole.bin is stored sparse: pack it without --sparse"):
+        Files(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"PK\3\4" + bytes(600), "a zip archive: unpack it"),
+        (b"<!DOCTYPE html>", "text, beginning '<!DOCTYPE html>'; download it again"),
+        (b"\x28\xb5\x2f\xfd" + b"x" * 600, "compressed with zstd: unpack it"),
+        (bytes(20480), "begins with zeros: an unfinished download; download it again"),
+    ],
+)
+def test_what_is_no_tar_is_told(tmp_path, data, said):
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(OSError, match=said):
+        Files(tmp_path / "a.tar")
