@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,7 @@ ALIASES = {
     vggt.NAME: "vit_large_patch14_reg4_dinov2",  # the part of it that is a plain ViT (students/vggt.py)
 }
 
+_log = logging.getLogger(__name__)
 Feature = tuple[Tensor, Tensor]
 
 
@@ -118,8 +120,9 @@ class Encoder(nn.Module):
         self.indices, self.final_norm = taps, final_norm
         self.channels: int = backbone.embed_dim
         self.patch_size: int = backbone.patch_embed.patch_size[0]
-        published = statistics(name, None if weights in (None, "pretrained") else Path(weights))
-        mean, std = mean if mean is not None else published[0], std if std is not None else published[1]
+        if mean is None or std is None:
+            published = statistics(name, None if weights in (None, "pretrained") else Path(weights))
+            mean, std = mean if mean is not None else published[0], std if std is not None else published[1]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.name, self.timm_name = name, _timm_name(name)
@@ -216,31 +219,56 @@ def default_indices(depth: int) -> list[int]:
 def statistics(name: str, weights: Path | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of the images that a ViT's weights were trained on.
 
-    From preprocessor_config.json beside a weights file, from the file's name if that says SAT-493M, or from timm's
-    configuration of this name or alias; else ImageNet's.
+    From preprocessor_config.json or timm's config.json beside a weights file, from the file's name where it says which
+    of timm's weights of this name they are (SAT-493M, MAE, DINO), or from timm's configuration of this name or alias;
+    else ImageNet's.
     """
-    config = {} if weights is None else _preprocessor(weights)
-    if config:
-        return tuple(config["image_mean"]), tuple(config["image_std"])
+    beside = {} if weights is None else _stated_beside(weights)
+    if beside:
+        return tuple(beside["mean"]), tuple(beside["std"])
     stated = timm.get_pretrained_cfg(_timm_name(name), allow_unregistered=True)
     if weights is not None and "sat493m" in str(weights).lower().replace("-", "").replace("_", ""):
         stated = timm.get_pretrained_cfg("vit_large_patch16_dinov3.sat493m", allow_unregistered=True) or stated
+    elif weights is not None and "." not in _timm_name(name):
+        stated = _by_file_name(_timm_name(name), weights) or stated
     if stated is None or not stated.mean or not stated.std:
         return IMAGENET_MEAN, IMAGENET_STD
     return tuple(stated.mean), tuple(stated.std)
 
 
-def _preprocessor(weights: Path) -> dict[str, Any]:
-    """transformers' preprocessor_config.json beside the weights; empty unless it has both mean and std."""
-    path = weights.parent / "preprocessor_config.json"
-    try:
-        table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable JSON ({error}): download it again") from error
-    both = isinstance(table, dict) and all(
-        isinstance(table.get(key), list) and len(table[key]) == 3 for key in ("image_mean", "image_std")
+def _by_file_name(name: str, weights: Path) -> Any:
+    """timm's configuration of the published weights that a file's name mentions; None, with a warning, if none."""
+    published = {tag.partition(".")[2]: timm.get_pretrained_cfg(tag) for tag in timm.list_pretrained(f"{name}.*")}
+    if len({tuple(config.mean) for config in published.values()}) < 2:
+        return None
+    words = re.split(r"[^a-z0-9]+", "/".join(weights.absolute().parts[-2:]).lower())
+    if meant := [config for tag, config in published.items() if tag.partition("_")[0] in words]:
+        return meant[0]
+    default = timm.get_pretrained_cfg(name)
+    others = [tag for tag, config in published.items() if config.mean != default.mean]
+    _log.warning(
+        "%s: took the mean %s of timm's %s, but its %s were trained with another: if these weights were too, name "
+        "the encoder %s.%s or alike",
+        *(weights, list(default.mean), default.tag, ", ".join(others[:3]), name, others[0]),
     )
-    return table if both else {}
+    return None
+
+
+def _stated_beside(weights: Path) -> dict[str, Any]:
+    """mean and std of transformers' preprocessor_config.json or timm's config.json beside the weights; else empty."""
+    for file, part, keys in (
+        ("preprocessor_config.json", "", ("image_mean", "image_std")),
+        ("config.json", "pretrained_cfg", ("mean", "std")),
+    ):
+        path = weights.parent / file
+        try:
+            table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{path}: not readable JSON ({error}): download it again") from error
+        table = table.get(part) if part and isinstance(table, dict) else table
+        if isinstance(table, dict) and all(isinstance(table.get(k), list) and len(table[k]) == 3 for k in keys):
+            return {"mean": table[keys[0]], "std": table[keys[1]]}
+    return {}
 
 
 def licence_of(name: str) -> str:

@@ -43,6 +43,18 @@ def test_statistics_belong_to_the_weights(tmp_path):
     assert statistics("dinov3_vitl16", tmp_path / "model.safetensors") == ((0.1, 0.2, 0.3), (1, 1, 1))
 
 
+def test_statistics_of_a_name_with_several_weights(tmp_path, caplog):
+    halves, imagenet = ((0.5,) * 3,) * 2, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for file in ("mae_pretrain_vit_base.pth", "dino_vitbase16_pretrain.pth"):
+        assert statistics("vit_base_patch16_224", tmp_path / file) == imagenet
+    assert statistics("vit_base_patch16_224") == halves and not caplog.messages
+    assert statistics("vit_base_patch16_224", tmp_path / "mine.pth") == halves
+    assert "mine.pth: took the mean [0.5, 0.5, 0.5] of timm's augreg2_in21k_ft_in1k, but its" in caplog.text
+    assert statistics("vit_base_patch16_224.mae", tmp_path / "mine.pth") == imagenet and len(caplog.messages) == 1
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}}')
+    assert statistics("vit_base_patch16_224", tmp_path / "mine.pth") == ((0.1, 0.2, 0.3), (1, 1, 1))
+
+
 def test_depths_and_indices():
     assert {d: default_indices(d) for d in (1, 2, 3, 12, 24, 40)} == {
         1: [0, 0, 0, 0],
