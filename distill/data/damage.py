@@ -37,7 +37,9 @@ def trailing_zeros(data: bytes) -> int:
 
 
 def unfinished(data: bytes, kind: str) -> str:
-    """Why a compressed photo (`kind` of distill.core.signatures.sniff) is incomplete, or ""."""
+    """Why a compressed photo (`kind` of distill.core.signatures.sniff), or a TIFF's tags, are incomplete, or ""."""
+    if kind == "TIFF" and _lacks_tags(data):
+        return "truncated: its tags, which should lie behind its pixels, are missing: download or copy it again"
     zeros = trailing_zeros(data)
     if zeros < (4 if kind == "PNG" else ZEROS):
         return ""
@@ -52,6 +54,17 @@ def unfinished(data: bytes, kind: str) -> str:
     if is_cut is None or not is_cut():
         return ""
     return f"truncated: it ends in {zeros} zero bytes, like an unfinished download"
+
+
+def _lacks_tags(data: bytes) -> bool:
+    """Whether the first directory of a TIFF lies beyond the end of the file, or in its zeros."""
+    order = "<" if data[:2] == b"II" else ">"
+    if len(data) < 16:
+        return True
+    at = struct.unpack_from(order + "I", data, 4)[0] if data[2] != 43 and data[3] != 43 else None
+    if at is None:
+        at = struct.unpack_from(order + "Q", data, 8)[0]
+    return at + 2 > len(data) or not any(data[at : at + 8])
 
 
 def png_damage(data: bytes) -> str:

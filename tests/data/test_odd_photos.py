@@ -342,3 +342,14 @@ def test_a_header_with_the_line_ends_of_windows_shifts_no_pixel(kind):
     lines = [kind, b"16 6", *([] if kind == b"P4" else [b"255"])]
     plain, windows = (end.join([*lines, b""]) + pixels for end in (b"\n", b"\r\n"))
     assert (decode(windows) == decode(plain)).all()
+
+
+def test_a_tiff_without_its_tags_is_told_as_truncated():
+    buffer = io.BytesIO()
+    textured().save(buffer, "TIFF", compression="tiff_lzw")
+    data = buffer.getvalue()
+    tags = int.from_bytes(data[4:8], "little")
+    assert tags > len(data) // 2
+    for broken in (data[:tags], data[:tags].ljust(len(data), b"\0")):
+        with pytest.raises(BadImageError, match="truncated: its tags, .* are missing: download or copy it again"):
+            decode(broken)
