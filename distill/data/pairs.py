@@ -349,6 +349,8 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
             )
         scale = 1.0 if number is None else number
         kind = _kind(row.get("kind") or "depth", known=number is not None)
+        if number is None and scale_text and kind.unknown == "metric":
+            raise ValueError(f"scale_to_metres {scale_text!r} is no number, which the kind {kind} needs")
         if number is None and kind.quantity == "depth" and _OF_DISPARITY.search(scale_text):
             raise ValueError(
                 f"scale_to_metres {scale_text!r} is a disparity formula that cannot be parsed, but kind says "

@@ -185,6 +185,22 @@ def decode(data: bytes) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
 
 
+def decode_opened(image: Image.Image) -> Tensor:
+    """`decode` for an image that Pillow has opened or made: what its object still knows of its file is applied."""
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    made_of_bytes = image.mode == "I" and image.format is None  # by convert("I"), perhaps: its range is looked at
+    depth = tags.get(258, 32 if made_of_bytes else 16)
+    bits = int(depth[0] if isinstance(depth, tuple) else depth)
+    try:
+        image.load()
+        array = colour.srgb(image, white_is_zero=tags.get(_PHOTOMETRIC) == 0, bits=bits if bits > 8 else 16)
+    except colour.UnusablePixelsError as error:
+        raise BadImageError(str(error)) from error
+    except DECODE_ERRORS as error:
+        raise BadImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+    return torch.from_numpy(np.ascontiguousarray(turn(array, _orientation(image)))).permute(2, 0, 1)
+
+
 def upright_size(data: bytes) -> tuple[int, int, int]:
     """(H, W, EXIF orientation 1 to 8) of the photo that `decode` returns, from the header where possible."""
     with _opened(data) as (image, _, _):

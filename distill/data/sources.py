@@ -146,6 +146,8 @@ def _tar_advice(folder: Path) -> str:
     content = f", but {filetypes.summarize_counts(map(filetypes.skip_category, names))}" if names else ""
     if tar_like := next((name for name in names if ".tar" in name.lower()), ""):
         return f"{content}: unpack {tar_like}, join its parts into a .tar, or rename it to end in .tar"
+    if inner := next(iter(sorted(folder.glob("*/*.tar")) or sorted(folder.glob("*/*/*.tar"))), None):
+        return f"{content}, but {inner.relative_to(folder)} below it: give {folder}/**/*.tar"
     return f"{content}; for photographs in a folder use `photos`"
 
 

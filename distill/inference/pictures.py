@@ -9,7 +9,6 @@ Shapes: H height, W width, C channels (1 grey, 3 RGB, 4 RGBA, which is composite
 from __future__ import annotations
 
 import contextlib
-import io
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.data.photos import decode, not_a_file
+from distill.data.photos import decode, decode_opened, not_a_file
 
 CHANNELS = (1, 3, 4)
 SLACK = 0.25
@@ -74,6 +73,8 @@ def picture(image: Picture) -> Tensor:
             raise ValueError(f"{path}: is a folder; give its files one by one, or run distill predict {path}")
         if fault := not_a_file(path) if path.exists() else "":
             raise ValueError(f"{path}: {fault}")
+        if "://" in str(image) and not path.exists():
+            raise FileNotFoundError(f"{image}: a URL, but only local files are read: download it")
         return decode(path.read_bytes())
     if isinstance(image, bytes | bytearray | memoryview):
         return decode(bytes(image))
@@ -89,15 +90,9 @@ def picture(image: Picture) -> Tensor:
 
 
 def _pil(image: Image.Image) -> Tensor:
-    # Through the bytes of a file: only `decode` handles palettes, 16-bit grey, profiles and rotation.
     if image.mode == "F":
         raise ValueError("a PIL image of mode F has no known range: scale it to 0..255 and convert it to mode L")
-    file = io.BytesIO()
-    is_plain = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-    profile = image.info.get("icc_profile") if is_plain else None  # a CMYK profile says nothing about RGB
-    converted = image if is_plain else image.convert("RGB")
-    converted.save(file, "PNG", compress_level=0, icc_profile=profile, exif=image.getexif())
-    return decode(file.getvalue())
+    return decode_opened(image)
 
 
 def _numpy(image: np.ndarray) -> Tensor:

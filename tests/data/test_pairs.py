@@ -344,3 +344,9 @@ def test_the_largest_code_is_told_where_nothing_says_what_it_means(tmp_path, cap
 def test_a_value_with_a_separator_of_thousands_is_not_read_as_two(tmp_path, invalid):
     with pytest.raises(ValueError, match="may be one value or two: write|is not a supported rule"):
         one(tmp_path, "0.001", invalid)
+
+
+def test_a_metric_kind_needs_a_number_or_nothing_as_scale(tmp_path):
+    assert one(tmp_path, "", kind="metric_depth").kind == Kind.METRIC_DEPTH
+    with pytest.raises(ValueError, match="scale_to_metres 'unknown' is no number, which the kind metric_depth needs"):
+        one(tmp_path, "unknown", kind="metric_depth")

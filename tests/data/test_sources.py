@@ -174,3 +174,11 @@ def test_a_bound_of_metres_holds_for_disparity_too():
         shard = sources.in_shards("a", "a", [sources.Entry("a", "a", lambda photo=photo: photo)], 1)
         [near] = published.within(shard, 50.0)
         assert near.scan().entries[0].load().truth.valid.flatten().int().tolist() == known
+
+
+def test_tars_in_an_inner_folder_are_pointed_to(tmp_path):
+    (tmp_path / "part_1").mkdir()
+    (tmp_path / "part_1" / "a.tar").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"no .tar in this folder, but part_1/a.tar below it: give .*/\*\*/\*"):
+        sources.tars(tmp_path)
+    assert [shard.stem for shard in sources.tars(f"{tmp_path}/**/*.tar")] == ["a"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 import distill
 from distill.core.depth import DepthMap, Kind
 from distill.data.maps import read_map
+from distill.data.photos import BadImageError
 from distill.inference import solid
 from distill.inference.api import Depth, Model
 from distill.inference.pictures import picture
@@ -193,3 +196,32 @@ def test_a_teacher_by_name():
         distill.load_teacher("checkpoint", device="cpu", native_sise=3)
     with pytest.raises(LookupError, match="depth_anything_v2"):
         distill.load_teacher("depth_anything_2", device="cpu")
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def test_an_opened_image_is_read_as_its_file_is(tmp_path):
+    ramp = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1300
+    Image.fromarray(ramp).save(tmp_path / "white.tif")
+    data = bytearray((tmp_path / "white.tif").read_bytes())
+    at = data.index(struct.pack("<HHI", 262, 3, 1))
+    data[at + 8 : at + 10] = bytes(2)  # white is zero
+    (tmp_path / "white.tif").write_bytes(data)
+    (tmp_path / "12.pgm").write_bytes(b"P5 8 6 4095\n" + (ramp // 16).astype(">u2").tobytes())
+    Image.fromarray((ramp // 257).astype(np.uint8)).convert("RGB").save(tmp_path / "light.png")
+    data = bytearray((tmp_path / "light.png").read_bytes())
+    data[33:33] = chunk(b"gAMA", struct.pack(">I", 100000))  # samples in proportion to light
+    (tmp_path / "light.png").write_bytes(data)
+    for name in ("white.tif", "12.pgm", "light.png"):
+        with Image.open(tmp_path / name) as opened:
+            assert torch.equal(picture(opened), picture(tmp_path / name)), name
+    bytes_only = Image.fromarray((ramp // 257).astype(np.uint8))
+    assert torch.equal(picture(bytes_only.convert("I")), picture(bytes_only))
+    bytes_only.save(tmp_path / "cut.bmp")
+    (tmp_path / "cut.bmp").write_bytes((tmp_path / "cut.bmp").read_bytes()[:-20])
+    with pytest.raises(BadImageError, match="cannot be decoded: image file is truncated"):
+        picture(Image.open(tmp_path / "cut.bmp"))
+    with pytest.raises(FileNotFoundError, match="https://a.b/c.jpg: a URL, but only local files are read: download it"):
+        picture("https://a.b/c.jpg")
