@@ -54,7 +54,8 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
     """
     plugin = find(FOLDER, name)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; it should hold {plugin.FACTS.title}")
+        what = "a file, not a folder; unpack it" if root.exists() else "no such folder"
+        raise FileNotFoundError(f"{root}: {what}; it should hold {plugin.FACTS.title}")
     path = out or place(name, root)
     groups = sorted(set(plugin.groups(root)))
     if not groups:
@@ -78,6 +79,8 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
 def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str]) -> ValueError:
     """The error for images without any depth file, or the reverse: probably an archive was not unpacked."""
     first = next(iter([*alone, *spare]), "")
+    if not first:  # only folders of the right names
+        return ValueError(f"{root}: no files of {plugin.FACTS.title} found there; {_where_instead(plugin, root)}")
     return ValueError(
         f"{root}: images of {plugin.FACTS.title} without depth, or depth without images (such as {first}), but no "
         f"pairs: unpack the other archive too; {_layout(plugin)}"
