@@ -35,6 +35,8 @@ def fault_of_start(path: Path) -> str:
     """Return the fault that the first bytes show."""
     if path.suffix == ".distcp":  # concatenated torch files, of which torch.load would read only the last tensor
         return f"is a shard of torch.distributed.checkpoint: {_JOIN} joins its folder's"
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name) and not any(path.parent.glob("*.index*.json")):
+        return "is one of several shards, whose index (.index.json) is missing: download all of them with it"
     with path.open("rb") as stream:
         start = stream.read(512)
     if start[8:9] == b"{" and len(start) > 9:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import pickletools
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from distill.core import standins
+from distill.core import records, standins
 
 # This module is also imported to read teachers' names, without waiting for torch.
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ def _read(path: Path) -> Any:
         zipped = head[:2] == b"PK"
         if (path.suffix == ".safetensors" and not zipped) or (head[8:9] == b"{" and not zipped):
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_known(_records(path))):
+        with torch.serialization.safe_globals(records.stand_ins(path)):
             with path.open("rb") as file:  # opened, because torch would infer a format from a .safetensors name
                 return torch.load(file, map_location="cpu", weights_only=True)
     except _READ_ERRORS as error:
@@ -202,58 +201,6 @@ def _read(path: Path) -> Any:
 
 _CUT = ("central directory", "not fully covered", "Ran out of input")
 """Parts of the messages by which the readers of torch's and safetensors' files report a truncated file."""
-
-
-class _Inert(dict[str, Any]):
-    """Stand-in for a record beside the tensors: accepts any arguments and keeps nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        """Accept any arguments, as a pickle may pass them."""
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignore the state."""
-
-
-# Classes of plain records that trainers save beside weights. Only their names are used.
-_RECORDS = re.compile(
-    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.(_local\.)?\w+|datetime\.\w+|collections\.(defaultdict|deque)|enum\.\w+"
-    r"|numpy\.(_?core\.)?multiarray\.(scalar|_reconstruct)|numpy\._core\.multiarray\.\w+|numpy\.(dtypes\.)?\w+"
-    r"|(omegaconf|yacs|easydict|addict|ml_collections|box)(\.\w+)*|(mmcv|mmengine)\.(utils\.)?config(\.\w+)*"
-    r"|(pytorch_lightning|lightning|lightning_fabric)(\.\w+)*|typing\.\w+|(__builtin__|builtins)\.(set|frozenset|complex|slice|range|bytearray|object)"
-    r"|torch\.torch_version\.TorchVersion|transformers\.(training_args|trainer_utils|trainer_pt_utils)\.\w+"
-    r"|copy_?reg\._reconstructor"
-)
-
-
-def _records(path: Path) -> list[str]:
-    """The names of the record classes that a torch file refers to and that are known to be harmless."""
-    import torch
-
-    try:
-        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except ValueError:  # a legacy file, not a zip
-        names = set()
-        with path.open("rb") as file:
-            for _ in range(4):  # four pickles: magic number, version, system, object
-                names |= {
-                    str(arg).replace(" ", ".") for code, arg, _ in pickletools.genops(file) if code.name == "GLOBAL"
-                }
-    return [name for name in names if _RECORDS.fullmatch(name)]
-
-
-def _known(records: Sequence[str]) -> list[Any]:
-    """The stand-in of each record: `_Inert`, except for the parts of NumPy arrays, which may be weights."""
-    import numpy as np
-
-    arrays = {"multiarray._reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
-    stand_ins: list[Any] = [(arrays.get(re.sub(r"numpy\.(_?core\.)?", "", name), _Inert), name) for name in records]
-    if "numpy.dtype" in records:  # each dtype has its own class, which pickles do not name
-        stand_ins += [(getattr(np.dtypes, name), f"numpy.dtypes.{name}") for name in np.dtypes.__all__]
-    return stand_ins
 
 
 _ASIDE = re.compile(

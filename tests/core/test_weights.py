@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import logging
 import os
 import sys
+import types
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_wrappers_come_off(tmp_path, name, zipped):
 
 def test_a_path_pickled_by_any_python_is_passed_over(tmp_path, monkeypatch):
     """Python 3.13 names its class pathlib._local.PosixPath, which others do not have."""
-    module = ModuleType("pathlib._local")
+    module = types.ModuleType("pathlib._local")
     module.PosixPath = type("PosixPath", (), {"__module__": module.__name__})
     monkeypatch.setitem(sys.modules, module.__name__, module)
     torch.save({"state_dict": RAW, "out": module.PosixPath()}, tmp_path / "w.ckpt")
@@ -277,3 +278,35 @@ def test_more_bytes_than_a_header_tells_are_not_fewer(tmp_path):
         (tmp_path / "a.safetensors").write_bytes(data)
         with pytest.raises(WeightsMismatchError, match=said):
             read_state(tmp_path / "a.safetensors")
+
+
+def kind_of(module: str, name: str, base: type, monkeypatch) -> type:
+    """A class as of another package, which the reader must not need."""
+    monkeypatch.setitem(sys.modules, module, made := types.ModuleType(module))
+    made.__dict__[name] = type(name, (base,), {"__module__": module})
+    return made.__dict__[name]
+
+
+def test_dicts_and_lists_of_other_kinds_may_lie_beside_weights_or_hold_them(tmp_path, monkeypatch):
+    class_names = [("easydict", "EasyDict"), ("yacs_config", "CfgNode"), ("mmengine_config", "ConfigDict")]
+    kinds = [kind_of(module, name, dict, monkeypatch) for module, name in class_names]
+    filled = [kind(lr=0.1, inner=kind(steps=[1, 2])) for kind in kinds]
+    for record in filled:
+        record.__dict__["frozen"] = True
+    history = collections.defaultdict(list, loss=[1.0])
+    beside = [*filled, history, collections.deque([1, 2], maxlen=9), {"type": int, "of": [str, dict]}]
+    for zipped in (True, False):
+        for record in beside:
+            stored = {"model": RAW, "epoch": record}
+            torch.save(stored, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+            assert read_state(tmp_path / "a.pth").keys() == RAW.keys(), record
+    torch.save(collections.defaultdict(None, RAW), tmp_path / "a.pth")
+    assert torch.equal(read_state(tmp_path / "a.pth")["a.weight"], RAW["a.weight"])
+
+
+def test_a_shard_alone_is_told_from_a_wrong_network(tmp_path):
+    safetensors.torch.save_file(RAW, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(WeightsMismatchError, match="is one of several shards, whose index .* is missing: download all"):
+        read_state(tmp_path / "model-00001-of-00002.safetensors")
+    safetensors.torch.save_file(RAW, tmp_path / "model-00001-of-00001.safetensors")
+    assert read_state(tmp_path / "model-00001-of-00001.safetensors").keys() == RAW.keys()
