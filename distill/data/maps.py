@@ -37,6 +37,8 @@ from distill.data.photos import DECODE_ERRORS
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5, .mat and COLMAP's .bin"
 SUFFIXES = (".npy", ".npz", ".pfm", ".exr", ".tif", ".tiff", ".dpt", ".h5", ".mat", ".png")
 """Suffixes of maps by priority: where several files exist, the first of these is read."""
+REDUCED = "has 8 bits per pixel, but its depth has 16: a tool reduced it; unpack it again"
+"""The clause about a published 16-bit map that was stored anew with eight."""
 MAPPED = 1 << 22
 """Size in bytes from which a .npy is memory-mapped: allocating memory for it would take longer than reading it."""
 _PAGES = 16

@@ -163,6 +163,13 @@ class Files:
         except maps.BadMapError as error:
             raise OSError(f"{self.root}: {name}: {error}") from error
 
+    def codes(self, name: str) -> np.ndarray:
+        """A map of 16-bit integers, (H,W); OSError for one that a tool reduced to eight: its numbers mean others."""
+        values = self.png(name)
+        if values.dtype.itemsize == 1:
+            raise OSError(f"{self.root}: {name} {maps.REDUCED}")
+        return values
+
     def pixels(self, name: str, mode: str | None = None) -> np.ndarray:
         """An image as stored, or in a mode of Pillow, which rejects a truncated file where OpenCV may fill it up."""
         try:

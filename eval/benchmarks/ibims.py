@@ -40,7 +40,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
 
 
 def _truth(files: Files, row: ListRow) -> DepthMap:
-    metres = (files.png(row[1]) * (50.0 / 65535.0)).astype(np.float32)
+    metres = (files.codes(row[1]) * (50.0 / 65535.0)).astype(np.float32)
     masks = [files.png(name) > 0 for name in row[2:]]
     if any(mask.shape != metres.shape for mask in masks):
         raise OSError(f"{files.root}: {row[1]} and its masks have different sizes")

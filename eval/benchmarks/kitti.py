@@ -84,7 +84,7 @@ def _image(files: Files, name: str) -> Tensor:
 
 
 def _truth(files: Files, name: str) -> DepthMap:
-    stored = files.png(name)
+    stored = files.codes(name)
     metres, valid = ranged(stored[_crop(name, *stored.shape)] / 256.0, PROTOCOL)
     eigen = np.zeros_like(valid)
     rows = int(0.3324324 * HEIGHT), int(0.91351351 * HEIGHT)

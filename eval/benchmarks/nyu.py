@@ -77,7 +77,7 @@ def _truth_of(mat: Path, key: str) -> DepthMap:
 
 
 def _truth(files: Files, name: str) -> DepthMap:
-    return _cropped(files.png(name) / 1000.0)
+    return _cropped(files.codes(name) / 1000.0)
 
 
 def _cropped(depth: np.ndarray) -> DepthMap:

@@ -7,6 +7,7 @@ import argparse
 import h5py
 import numpy as np
 import pytest
+from PIL import Image
 
 from distill.core.depth import Kind
 from distill.core.plugins import find
@@ -221,3 +222,12 @@ def test_a_folder_above_whose_names_look_right_is_told_from_a_missing_archive(tm
     (tmp_path / "h.zip").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="h.zip: a file, not a folder; unpack it; it should hold Hypersim"):
         _index.write("hypersim", tmp_path / "h.zip")
+
+
+def test_depth_that_a_tool_reduced_to_eight_bits_is_refused(tmp_path):
+    virtual_kitti2(tmp_path, frames(1, 12, 32))
+    _index.write("virtual_kitti2", tmp_path)
+    (row,) = _index.read("virtual_kitti2", tmp_path)
+    Image.fromarray(np.full((12, 32), 200, np.uint8)).save(tmp_path / row.depth)
+    with pytest.raises(OSError, match="depth_00000.png: has 8 bits per pixel, but its depth has 16: a tool reduced it"):
+        find(FOLDER, "virtual_kitti2").read(tmp_path, row)

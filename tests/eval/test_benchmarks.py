@@ -252,3 +252,11 @@ def test_what_is_no_tar_is_told(tmp_path, data, said):
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(OSError, match=said):
         Files(tmp_path / "a.tar")
+
+
+def test_depth_that_a_tool_reduced_to_eight_bits_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(image(np.full((4, 6), 200, np.uint8)))
+    with pytest.raises(OSError, match="a.png has 8 bits per pixel, but its depth has 16: a tool reduced it"):
+        Files(tmp_path).codes("a.png")
+    (tmp_path / "a.png").write_bytes(image(np.full((4, 6), 200, np.uint16)))
+    assert (Files(tmp_path).codes("a.png") == 200).all()

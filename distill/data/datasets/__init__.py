@@ -115,11 +115,14 @@ def stored(root: Path, row: Row) -> np.ndarray:
     """(H,W) float32 as the depth file stores it. OSError names the file and the reason."""
     path = root / row.depth
     try:
-        return maps.read_map(path).astype(np.float32)
+        values = maps.read_map(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file; run `distill index` again, or download it") from error
     except OSError as error:
         raise OSError(f"{path}: {error}; download it again") from error
+    if values.dtype.itemsize == 1:
+        raise OSError(f"{path}: {maps.REDUCED}")
+    return values.astype(np.float32)
 
 
 def mask_invalid(values: np.ndarray, *, below: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
