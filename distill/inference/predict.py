@@ -197,7 +197,8 @@ def _problem(job: PredictionJob, error: Exception) -> str:
         return f"{job.path}: not enough memory; --size N or a smaller image"
     if isinstance(error, OSError):
         source = f" (a map of {job.path})" if error.filename and Path(error.filename) != job.path else ""
-        return f"{error.filename or job.path}: {error.strerror or error}{source}"
+        advice = ": give the photo a shorter name" if error.errno == errno.ENAMETOOLONG else ""
+        return f"{error.filename or job.path}: {error.strerror or error}{source}{advice}"
     if isinstance(error, BadImageError):
         return f"{job.path}: {error}"
     # PyTorch has an exception class only for CUDA; on a CPU or Apple's GPU it is a RuntimeError with these words.

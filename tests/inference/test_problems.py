@@ -61,6 +61,12 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
     assert problems[0].startswith(f"{out / 'sub'}: File exists (a map of ")
 
 
+def test_a_name_that_is_too_long_for_its_map_says_what_to_do(tmp_path):
+    grey(tmp_path / f"{'b' * 251}.png", 10)
+    written, _, problems = call(Fake(), tmp_path / f"{'b' * 251}.png", out=tmp_path / "o")
+    assert written == 0 and len(problems) == 1 and problems[0].endswith("b.png): give the photo a shorter name")
+
+
 def test_a_full_disk_names_the_map(tmp_path, monkeypatch):
     def full(path, values):
         raise OSError("100 requested and 0 written")  # what NumPy says
