@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import struct
 import tokenize
@@ -83,6 +84,13 @@ def read_map(path: Path, quantity: str = "", *, scale: float | None = 1.0) -> np
     if plane.dtype.kind == "b":
         raise BadMapError("holds only true and false: a mask, not a map")
     return plane
+
+
+def largest(dtype: np.dtype) -> float:
+    """The largest number of a type up to 32 bits: "out of range" in many data sets, a true depth in a few."""
+    if dtype.kind in "iu":
+        return float(np.iinfo(dtype).max)
+    return float(np.finfo(dtype).max) if dtype == np.float16 else math.inf
 
 
 def _read(path: Path, quantity: str, scale: float | None) -> np.ndarray:

@@ -50,8 +50,6 @@ from distill.data.photos import BadImageError, decode, turn, upright_size
 
 _BACKGROUND = 9.9e9
 """Values from here on are a renderer's background: Blender writes 1e10, others the largest float."""
-_SATURATED = 65535
-"""The largest 16-bit code: a sensor's "out of range" in many data sets, a true depth in a few."""
 _told: set[Path] = set()
 _log = logging.getLogger(__name__)
 _FARTHEST = 1e5
@@ -126,20 +124,20 @@ class Pair:
             raise OSError(
                 f"{self.depth_path}: not a readable depth map ({error}); fix the file or remove its row"
             ) from error
-        if is_metric and math.isinf(self.invalid_from) and stored.dtype == np.uint16 and stored.max() == _SATURATED:
-            self._tell_saturated(int((stored == _SATURATED).sum()))
+        top = maps.largest(stored.dtype)
+        if is_metric and top < self.invalid_from and top not in self.invalid_values and stored.max() == top:
+            self._tell_saturated(top, int((stored == top).sum()))
         return stored
 
-    def _tell_saturated(self, count: int) -> None:
-        """Say once for a folder that its maps may use the largest number for pixels without a measurement."""
+    def _tell_saturated(self, top: float, count: int) -> None:
+        """Say once for a folder that its maps may use their largest number for pixels without a measurement."""
         if self.depth_path.parent not in _told:
             _told.add(self.depth_path.parent)
+            metres = self.baseline / (top + self.offset) if self.baseline else top * self.scale
             _log.warning(
-                "%s: %d of its pixels are 65535, which mostly means that nothing was measured, and count as %g m: "
-                "write 65535 in the column invalid, unless that is their depth",
-                self.depth_path,
-                count,
-                self.baseline / (_SATURATED + self.offset) if self.baseline else _SATURATED * self.scale,
+                "%s: %d of its pixels are %.10g, the largest number of its type, which mostly means that nothing was "
+                "measured; they count as %g m: write %.10g in the column invalid, unless that is their depth",
+                *(self.depth_path, count, top, metres, top),
             )
 
     def _upright(self, raw: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
@@ -165,11 +163,12 @@ def _fits(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
     return abs(down / across - 1) <= max(0.03, 1.5 / min(rows, columns))
 
 
-def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pair]:
+def read_pairs(table: Path | str, *, names: list[str] | None = None, first_word: bool = False) -> list[Pair]:
     """The pairs of a table, in its order, or those in `names`, in the order of `names`.
 
-    table: the .tsv, or a folder with an INDEX.tsv. All faults of a table are reported at once (ValueError). Raises
-    FileNotFoundError for files that are named but missing, if nothing else is wrong.
+    table: the .tsv, or a folder with an INDEX.tsv. first_word: of an unknown name, its first word is taken. All faults
+    of a table are reported at once (ValueError). Raises FileNotFoundError for files that are named but missing, if
+    nothing else is wrong.
     """
     path = Path(table)
     path = path / "INDEX.tsv" if path.is_dir() else path
@@ -190,6 +189,8 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
         raise ValueError(f"{path}: " + "; ".join(faults))
     if not pairs:
         raise ValueError(f"{path}: has a header, but no pairs below it")
+    if names is not None and first_word:
+        names = [name if name in pairs else name.split()[0] for name in names]
     return _choose(path, pairs, names)
 
 

@@ -1,6 +1,6 @@
 """Your own photographs with ground truth: a table of pairs as `distill.data.pairs` reads it.
 
-root: the .tsv or a folder with an INDEX.tsv. list_file: names to use, one per line. There is no published list, and
+root: the .tsv or a folder with an INDEX.tsv. list_file: names to use, one per line (further columns are ignored). There is no published list, and
 the truths may be of several kinds; those without a metric scale are scored in their own space (see distill.eval.fit).
 """
 
@@ -28,7 +28,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
     """The pairs of the table `root`, grouped by their dataset."""
     if root is None:
         raise ValueError("the benchmark pairs needs a root: a .tsv of pairs, or a folder with an INDEX.tsv")
-    names = None if list_file is None else [line.split()[0] for line in read_names(list_file)]
+    names = None if list_file is None else read_names(list_file)
     return [
         BenchmarkSample(
             pair.name,
@@ -39,7 +39,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
             photo=pair.photo,
             focal=partial(float, pair.focal) if pair.focal else None,
         )
-        for pair in read_pairs(root, names=names)
+        for pair in read_pairs(root, names=names, first_word=True)
     ]
 
 

@@ -336,7 +336,8 @@ def test_the_largest_code_is_told_where_nothing_says_what_it_means(tmp_path, cap
     for scale, invalid, told in (("unknown", "", 0), ("0.001", ">=65000", 0), ("0.001", "", 1), ("0.001", "", 1)):
         truth = one(tmp_path, scale, invalid).truth()
         assert len(caplog.messages) == told
-    assert "d.png: 1 of its pixels are 65535" in caplog.text and "count as 65.535 m: write 65535 in" in caplog.text
+    assert "d.png: 1 of its pixels are 65535, the largest" in caplog.text
+    assert "they count as 65.535 m: write 65535 in the column invalid" in caplog.text
     assert truth.valid[0, 0, 3] and float(truth.values[0, 0, 3]) == pytest.approx(65.535)
 
 
@@ -350,3 +351,20 @@ def test_a_metric_kind_needs_a_number_or_nothing_as_scale(tmp_path):
     assert one(tmp_path, "", kind="metric_depth").kind == Kind.METRIC_DEPTH
     with pytest.raises(ValueError, match="scale_to_metres 'unknown' is no number, which the kind metric_depth needs"):
         one(tmp_path, "unknown", kind="metric_depth")
+
+
+@pytest.mark.parametrize(
+    ("kind", "top"), [(np.uint8, "255"), (np.int16, "32767"), (np.int32, "2147483647"), (np.float16, "65504")]
+)
+def test_the_largest_number_of_any_type_is_told(tmp_path, caplog, kind, top):
+    table(tmp_path, f"x\ta.png\te.npy\t1\t{top}\tdepth\tset\t", "y\ta.png\te.npy\t1\t\tdepth\tset\t")
+    np.save(tmp_path / "e.npy", np.array([[1, 2, 3, float(top)], [1, 2, 3, 4]]).astype(kind))
+    silent, told = read_pairs(tmp_path)
+    assert silent.truth().valid.sum() == 7 and not caplog.messages
+    assert told.truth().valid.sum() == 8 and f"pixels are {top}, the largest number of its type" in caplog.text
+
+
+def test_a_list_of_a_benchmark_names_pairs_by_the_whole_line_or_its_first_word(tmp_path):
+    path = table(tmp_path, *(f"{name}\ta.png\td.png\t1\t\tdepth\tset\t" for name in ("my", "my photo")))
+    (tmp_path / "list.txt").write_text("my photo\nmy d.png\n")
+    assert [sample.key for sample in benchmark.samples(path, tmp_path / "list.txt")] == ["my photo", "my"]
