@@ -1,7 +1,8 @@
 """Your own photographs with ground truth: a table of pairs as `distill.data.pairs` reads it.
 
-root: the .tsv or a folder with an INDEX.tsv. list_file: names to use, one per line (further columns are ignored). There is no published list, and
-the truths may be of several kinds; those without a metric scale are scored in their own space (see distill.eval.fit).
+root: the .tsv or a folder with an INDEX.tsv. list_file: names to use, one per line (further columns are ignored). There
+is no published list, and the truths may be of several kinds; those without a metric scale are scored in their own space
+(see distill.eval.fit).
 """
 
 from __future__ import annotations
