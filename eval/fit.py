@@ -12,6 +12,7 @@ fast as torch's masked selection.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from distill.eval.metrics import NUM_SUMS, block_sums
 from distill.eval.protocol import Protocol
 
 MARIGOLD_FLOOR = 1e-3
+_EPS = float(np.finfo(np.float64).eps)
 _BLOCK = 65536  # pixels: float32 maps of this size stay in the cache with their temporaries
 # The prefix of an alignment of distill.eval.protocol -> what it fits.
 _FIT_OF_ALIGNMENT = {
@@ -247,7 +249,11 @@ def _fit(
         return _median_scale(pred, truth, invert=invert, positive=positive), 0.0
     if path.unknown == "l1":
         return _l1_scale(pred, truth, invert=invert), 0.0
-    origin = float(pred[0]) if len(pred) and path.unknown == "affine" else 0.0
+    origin = 0.0
+    if len(pred) and path.unknown == "affine":
+        # A pixel that the fit uses: about a value that it leaves out, such as -1e9 for "none", the moments lose all.
+        apart = path.fit == "disparity" and positive and not offset and pred[0] <= 0
+        origin = float(pred[np.argmax(pred > 0)] if apart else pred[0])
     count, moments = 0, torch.zeros(4, dtype=torch.float64)
     for p, t in _blocks(pred, truth):
         if path.fit == "disparity" and positive and min(float(p.min()), float(t.min())) <= 0:
@@ -285,24 +291,25 @@ def _median_scale(pred: np.ndarray, truth: np.ndarray, *, invert: bool, positive
 def _l1_scale(pred: np.ndarray, truth: np.ndarray, *, invert: bool) -> float:
     """The scale of a depth that minimizes the sum of |scale * depth - truth| / truth; for a disparity, its inverse.
 
-    It is the median of truth/depth weighted by depth/truth. Source: microsoft/MoGe, moge/utils/alignment.py.
+    It is the median of truth/depth weighted by |depth|/truth. Source: microsoft/MoGe, moge/utils/alignment.py.
     """
     depth = 1.0 / np.maximum(pred, 1e-6) if invert else pred
-    positive = depth > 0
-    if not positive.any():
+    usable = depth != 0
+    if not usable.any():
         return 0.0
-    ratio = truth[positive].astype(np.float64) / depth[positive]
+    ratio = truth[usable].astype(np.float64) / depth[usable]
     order = np.argsort(ratio, kind="stable")
-    weight = np.cumsum(1.0 / ratio[order])
+    weight = np.cumsum(1.0 / np.abs(ratio[order]))
     best = ratio[order[np.searchsorted(weight, weight[-1] / 2)]]
     return float(np.float32(1.0 / best if invert else best))
 
 
 def _solve(count: int, p: float, t: float, pp: float, pt: float, origin: float) -> tuple[float, float]:
     """Scale and shift from mean moments of (pred - origin); the minimum-norm solution for a constant prediction."""
-    variance, covariance, mean = pp - p * p, pt - p * t, p + origin
-    if count == 1 or variance <= (mean * mean + max(variance, 0.0)) * 1e-13:
-        norm = mean * mean + 1.0
+    variance, covariance, mean = max(pp - p * p, 0.0), pt - p * t, p + origin
+    norm = mean * mean + 1.0
+    # The rank by numpy.linalg.lstsq's default: a spread of the last float32 digit, from 1e4 to 1e4 + 0.001, is fitted.
+    if count == 1 or math.sqrt(variance) <= (norm + variance) * max(count, 2) * _EPS:
         return float(np.float32(t * mean / norm)), float(np.float32(t / norm))
     scale = covariance / variance
     return float(np.float32(scale)), float(np.float32(t - scale * mean))

@@ -26,6 +26,8 @@ from torch import Tensor
 NUM_SUMS = 11
 _BLOCK = 65536
 _THRESHOLDS = [[1.25], [1.25**2], [1.25**3]]
+# silog's variance below this share of the squared mean (a wrong scale, a single pixel) is lost in float32 sums.
+_CANCELLING = 1 / 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,11 @@ def block_sums(pred: Tensor, target: Tensor) -> Tensor:
         log.abs().sum(),
         relative.div_(pred) @ relative,
     ]
-    return torch.cat([worst.new_full((1,), len(pred)), torch.stack(parts), below.sum(1)]).double()
+    totals = torch.cat([worst.new_full((1,), len(pred)), torch.stack(parts), below.sum(1)]).double()
+    if totals[5] * len(pred) < (1 + _CANCELLING) * totals[4].square():
+        exact = log.double()
+        totals[4], totals[5] = exact.sum(), exact @ exact
+    return totals
 
 
 def from_sums(totals: Tensor) -> dict[str, Tensor]:

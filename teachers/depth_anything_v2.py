@@ -91,7 +91,12 @@ CARDS: tuple[Card, ...] = (
 )
 
 # (width, blocks) -> blocks whose tokens the decoder reads, counted from 1 as transformers does.
-_TAPS = {(384, 12): (3, 6, 9, 12), (768, 12): (3, 6, 9, 12), (1024, 24): (5, 12, 18, 24)}
+_TAPS = {
+    (384, 12): (3, 6, 9, 12),
+    (768, 12): (3, 6, 9, 12),
+    (1024, 24): (5, 12, 18, 24),
+    (1536, 40): (10, 20, 30, 40),  # the giant: its code is published, its weights are not
+}
 
 _HEAD = [
     (r"projects\.(\d)\.(weight|bias)", r"neck.reassemble_stage.layers.\1.projection.\2"),
@@ -114,6 +119,13 @@ _HEAD = [
 ]
 _RULES = [
     (re.compile(r"pretrained\.mask_token"), "backbone.embeddings.mask_token"),
+    *(
+        (
+            re.compile(rf"pretrained\.blocks\.(\d+)\.mlp\.{old}\.(weight|bias)"),
+            rf"backbone.encoder.layer.\1.mlp.{new}.\2",
+        )
+        for old, new in (("w12", "weights_in"), ("w3", "weights_out"))  # the giant's gated feed-forward
+    ),
     *((re.compile(rf"pretrained\.{old}"), f"backbone.{new}") for old, new in TRANSFORMERS_NAMES),
     *((re.compile(rf"depth_head\.{old}"), new) for old, new in _HEAD),
 ]
@@ -144,7 +156,9 @@ def _config(state: dict[str, Tensor], where: str | Path, *, metric: bool) -> Any
     blocks = len({key.split(".")[3] for key in state if key.startswith("backbone.encoder.layer.")})
     width = table.shape[-1]
     if (width, blocks) not in _TAPS:
-        raise WeightsMismatchError(f"{where}: {blocks} blocks of width {width} are no Depth Anything V2 (S, B or L)")
+        raise WeightsMismatchError(
+            f"{where}: {blocks} blocks of width {width} are no Depth Anything V2 (S, B, L, giant)"
+        )
     backbone = Dinov2Config(
         hidden_size=width,
         num_hidden_layers=blocks,
@@ -156,6 +170,7 @@ def _config(state: dict[str, Tensor], where: str | Path, *, metric: bool) -> Any
         reshape_hidden_states=False,
         apply_layernorm=True,
         use_mask_token="backbone.embeddings.mask_token" in state,
+        use_swiglu_ffn="backbone.encoder.layer.0.mlp.weights_in.weight" in state,
     )
     return DepthAnythingConfig(
         backbone_config=backbone,
@@ -216,7 +231,7 @@ class Teacher:
     ) -> Teacher:
         """A teacher from the authors' file, a folder that holds it, an `-hf` folder, or a hub id of any of them.
 
-        The size (S, B, L) is read from the tensors. max_depth: metres, for the metric checkpoints (20 indoor, 80
+        The size (S, B, L, giant) is read from the tensors. max_depth: metres, for the metric checkpoints (20 indoor, 80
         outdoor). A file of Distill-Any-Depth, recognised by its path or its tensors' names, is used with its
         own code's resizing rule, a square of 700. position_rule: "official", or "transformers" for the map of
         transformers' own pipeline. weights_key: the table to read in a trainer's file, such as "model_ema"

@@ -82,6 +82,28 @@ def test_the_fit_is_the_one_of_the_losses():
     assert got.scale == pytest.approx(float(p @ t / (p @ p)), rel=1e-6) and got.shift == 0
 
 
+def test_a_spread_of_the_last_digits_is_fitted_as_by_numpy():
+    """numpy.linalg.lstsq, which the published evaluation calls, takes it for no constant."""
+    target = truth()
+    for level in (0.5, 1e4):
+        step = np.spacing(np.float32(level)) * np.random.default_rng(0).integers(0, 3, SIZE)
+        pred = (np.float32(level) + step).astype(np.float32)
+        got = measure(pred, target, Kind.AFFINE_DEPTH, MARIGOLD)
+        p, t = (a[target.valid[0].numpy()] for a in (pred, target.values[0].numpy()))
+        expected = np.linalg.lstsq(np.stack([p, np.ones_like(p)], 1), t, rcond=None)[0]
+        assert abs(got.scale) > 10 and (got.scale, got.shift) == pytest.approx(tuple(map(float, expected)), rel=1e-4)
+
+
+def test_pixels_that_the_fit_leaves_out_cost_no_digits():
+    pred = as_kind(truth(), "affine_disparity")
+    first = tuple(truth().valid[0].nonzero()[0].tolist())
+    fits = []
+    for value in (-1.0, -1e9):
+        pred[first] = value
+        fits.append(measure(pred, truth(), Kind.AFFINE_DISPARITY, MARIGOLD))
+    assert (fits[1].scale, fits[1].shift) == pytest.approx((fits[0].scale, fits[0].shift), rel=1e-5)
+
+
 def test_disparity_is_fitted_in_disparity_and_inverted():
     target = truth()
     pred = 0.5 / target.values + 0.3 + 0.05 * torch.rand_like(target.values)
@@ -229,6 +251,8 @@ def test_the_scale_of_medians_leaves_out_what_is_not_positive_where_marigold_doe
 def test_the_scale_of_least_relative_error_is_the_least_of_all():
     draw = np.random.default_rng(0)
     pred, truth = draw.uniform(0.1, 5, (2, 41)).astype(np.float32)
+    pred[::5] *= np.float32(-0.5)  # counts as well, as in MoGe's code
+    pred[7] = 0
     found = fit._l1_scale(pred, truth, invert=False)
     tried = found * np.linspace(0.5, 2, 301)
     errors = (np.abs(tried[:, None] * pred - truth) / truth).sum(1)

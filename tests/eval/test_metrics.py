@@ -112,6 +112,16 @@ def test_deltas_are_strict():
     assert [float(got[f"delta{i}"]) for i in (1, 2, 3)] == [0.0, 0.5, 0.75]
 
 
+def test_silog_outlasts_a_wrong_scale_and_is_zero_of_one_pixel():
+    """Float32 sums would lose the variance beside the squared mean: 0.03 in place of 0, and 2e-4 of the value."""
+    pred, target, valid = maps(60, 70, batch=1)
+    assert float(all_metrics(1e-6 * pred, target, valid)["silog"]) == pytest.approx(
+        plainly(1e-6 * pred[0], target[0], valid[0])["silog"], rel=1e-6
+    )
+    valid = torch.zeros_like(valid).index_put_((torch.tensor(0), torch.tensor(7), torch.tensor(9)), torch.tensor(True))
+    assert float(all_metrics(1e-3 * pred, target, valid)["silog"]) == 0.0
+
+
 def test_sums_of_images_add_up_to_their_union():
     pred, target, valid = maps()
     pooled = from_sums(sums(pred, target, valid).sum(0, keepdim=True))

@@ -116,6 +116,16 @@ def test_gradcheck_and_half_precision_and_nothing_valid(contexts):
     )
 
 
+def test_float64_keeps_its_digits():
+    pred, target, valid = maps(7)
+    total = 0.0
+    for p, t, v in zip(pred, target, valid, strict=True):
+        centred = [x[v] - x[v].median() for x in (p, t)]
+        one, other = (c / (c.abs().sum() / (len(c) + 1) + 1e-6) for c in centred)
+        total += float((one - other).abs().sum())
+    assert hdn_loss(pred, target, valid, level=0).mean().item() == pytest.approx(total / int(valid.sum()), rel=1e-14)
+
+
 def test_what_the_released_loss_cannot_do_is_refused():
     pred, target, valid = maps()
     with pytest.raises(ValueError, match="no trim_top, label_only or weights"):

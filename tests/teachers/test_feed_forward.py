@@ -72,6 +72,52 @@ def test_depth_anything_v2_refuses_other_networks(made, copy, tmp_path):
         depth_anything_v2.Teacher.load(str(tmp_path / "a.safetensors"))
 
 
+def giant_state(width, blocks, features):
+    """Random weights under the authors' names, of a giant's kind: a gated feed-forward in every block."""
+    hidden = (int(4 * width * 2 / 3) + 7) // 8 * 8
+    norm, square = {"weight": (width,), "bias": (width,)}, {"weight": (width, width), "bias": (width,)}
+    block = {"norm1": norm, "norm2": norm, "attn.proj": square, "ls1": {"gamma": (width,)}, "ls2": {"gamma": (width,)}}
+    block["attn.qkv"] = {"weight": (3 * width, width), "bias": (3 * width,)}
+    block["mlp.w12"] = {"weight": (2 * hidden, width), "bias": (2 * hidden,)}
+    block["mlp.w3"] = {"weight": (width, hidden), "bias": (width,)}
+    parts = {f"pretrained.blocks.{i}.{name}": table for i in range(blocks) for name, table in block.items()}
+    parts["pretrained.norm"] = norm
+    parts["pretrained.patch_embed.proj"] = {"weight": (width, 3, 14, 14), "bias": (width,)}
+    conv = {"weight": (features, features, 3, 3), "bias": (features,)}
+    for i in range(4):
+        parts[f"depth_head.projects.{i}"] = {"weight": (features, width, 1, 1), "bias": (features,)}
+        parts[f"depth_head.scratch.layer{i + 1}_rn"] = {"weight": (features, features, 3, 3)}
+        unit = f"depth_head.scratch.refinenet{i + 1}"
+        parts |= {f"{unit}.resConfUnit{u}.conv{c}": conv for u in (1, 2) for c in (1, 2)}
+        parts[f"{unit}.out_conv"] = {"weight": (features, features, 1, 1), "bias": (features,)}
+    for i, side in ((0, 4), (1, 2), (3, 3)):
+        parts[f"depth_head.resize_layers.{i}"] = conv | {"weight": (features, features, side, side)}
+    scratch = "depth_head.scratch"
+    parts[f"{scratch}.output_conv1"] = {"weight": (features // 2, features, 3, 3), "bias": (features // 2,)}
+    parts[f"{scratch}.output_conv2.0"] = {"weight": (32, features // 2, 3, 3), "bias": (32,)}
+    parts[f"{scratch}.output_conv2.2"] = {"weight": (1, 32, 1, 1), "bias": (1,)}
+    shapes = {f"{name}.{key}": shape for name, table in parts.items() for key, shape in table.items()}
+    shapes |= {"pretrained.cls_token": (1, 1, width), "pretrained.pos_embed": (1, 26, width)}
+    return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_depth_anything_v2_reads_the_giants_gated_feed_forward(monkeypatch, tmp_path):
+    assert depth_anything_v2._TAPS[1536, 40] == (10, 20, 30, 40)
+    monkeypatch.setitem(depth_anything_v2._TAPS, (64, 4), (1, 2, 3, 4))
+    state = giant_state(64, 4, 8)
+    torch.save(state, tmp_path / "depth_anything_v2_vitg.pth")
+    teacher = depth_anything_v2.Teacher.load(str(tmp_path / "depth_anything_v2_vitg.pth"), resize="none")
+    assert teacher.card.licence == "unknown", "its weights are not published"
+    assert teacher.predict(IMAGES).valid.all()
+    tokens = torch.randn(2, 5, 64)
+    w12, b12, w3, b3 = (
+        state[f"pretrained.blocks.2.mlp.{k}"] for k in ("w12.weight", "w12.bias", "w3.weight", "w3.bias")
+    )
+    gate, value = (tokens @ w12.T + b12).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gate) * value) @ w3.T + b3
+    torch.testing.assert_close(teacher.model.backbone.encoder.layer[2].mlp(tokens), expected)
+
+
 def test_position_table_uses_the_offset():
     table = torch.randn(1, 26, 4, generator=torch.Generator().manual_seed(0))
     from distill.teachers._dino import position_table
