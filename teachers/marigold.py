@@ -12,7 +12,6 @@ Source: prs-eth/Marigold marigold/marigold_depth_pipeline.py.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -93,14 +92,14 @@ class Teacher:
         seed: int = 1234,
     ) -> None:
         check_resize(resize, native_size, zero_is_given=True)
+        self.scheduler = scheduler
         self.steps = steps if steps is not None else int(parts.index.get("default_denoising_steps") or 4)
-        consistency = type(scheduler).__name__ == "LCMScheduler"
+        consistency = self._draws_between_steps
         if self.steps < 1 or (consistency and self.steps > 4):
             raise ValueError(f"steps must be {'1 to 4' if consistency else 'at least 1'}, not {self.steps}")
         if ensemble < 1:
             raise ValueError(f"ensemble must be at least 1, not {ensemble}")
         self.parts = parts
-        self.scheduler = scheduler
         self.card = card
         self.resize = resize
         self.native_size = default_size(native_size, parts)
@@ -155,11 +154,11 @@ class Teacher:
             expected_shape = (len(images) * self.ensemble, *context.shape[1:])
             raise ValueError(f"noise must be (B x ensemble, 4, h, w) = {expected_shape}, not {tuple(noise.shape)}")
         generators = [self._generator(keys[i] if keys is not None else None) for i in range(len(images))]
-        drawn = noise if noise is not None else self._draw(generators, context)
         if self.ensemble == 1:
-            values = self._denoise(context, drawn, generators)
+            values = self._denoise(context, self._draw(generators, context) if noise is None else noise, generators)
         else:
-            values = torch.stack([self._members(context[i], drawn, generators[i], i) for i in range(len(images))])
+            given = [None] * len(images) if noise is None else noise.split(self.ensemble)
+            values = torch.stack([self._members(*one) for one in zip(context, given, generators, strict=True)])
         return restore(values, images, sized, resize=self.resize, kind=self.card.kind)
 
     def _generator(self, key: str | None) -> torch.Generator:
@@ -168,26 +167,34 @@ class Teacher:
         return torch.Generator().manual_seed(seed)
 
     def _draw(self, generators: Sequence[torch.Generator], context: Tensor) -> Tensor:
-        """(B x ensemble, 4, h, w), drawn one by one: drawing E at once gives other numbers for some sizes."""
-        shape = (1, *context.shape[1:])
-        return torch.cat([torch.randn(shape, generator=g) for g in generators for _ in range(self.ensemble)])
+        """(N,4,h,w), one by one from N generators: drawing N at once gives other numbers for some sizes."""
+        shape = (1, *context.shape[-3:])
+        return torch.cat([torch.randn(shape, generator=g) for g in generators])
 
-    def _members(self, context: Tensor, noise: Tensor, generator: torch.Generator, index: int) -> Tensor:
-        """One image's ensemble, computed alone: the alignment is chaotic, and its batch must not change the result."""
-        at_once = 1 if context.device.type == "cpu" else MEMBERS_AT_ONCE
-        chunks = noise[index * self.ensemble : (index + 1) * self.ensemble].split(at_once)
-        members = [
-            self._denoise(context.expand(len(part), -1, -1, -1), part, [generator] * len(part)) for part in chunks
-        ]
+    def _members(self, context: Tensor, noise: Tensor | None, generator: torch.Generator) -> Tensor:
+        """One image's ensemble, computed alone: the alignment is chaotic, and its batch must not change the result.
+
+        A consistency scheduler's members draw from the same generator in turn, so that each is finished before the
+        next one starts, as at the authors' batch size of one.
+        """
+        at_once = 1 if context.device.type == "cpu" or self._draws_between_steps else MEMBERS_AT_ONCE
+        members = []
+        for start in range(0, self.ensemble, at_once):
+            each = [generator] * min(at_once, self.ensemble - start)
+            part = self._draw(each, context) if noise is None else noise[start : start + len(each)]
+            members.append(self._denoise(context.expand(len(part), -1, -1, -1), part, each))
         return combine(torch.cat(members))
+
+    @property
+    def _draws_between_steps(self) -> bool:
+        """Whether the scheduler is a consistency one, which draws noise at every step but the last."""
+        return type(self.scheduler).__name__ == "LCMScheduler"
 
     def _denoise(self, context: Tensor, noise: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Latents (N,4,h,w) of images and noise -> maps (N,H,W) in [0,1]."""
         latents = noise.to(context)
         self.scheduler.set_timesteps(self.steps, device=context.device)
-        # Only a consistency scheduler draws noise between steps; each member uses its image's generator.
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generators} if takes_generator else {}
+        options = {"generator": generators} if self._draws_between_steps else {}
         for timestep in self.scheduler.timesteps:
             out = run_unet(self.parts, torch.cat([context, latents], dim=1), timestep)
             latents = self.scheduler.step(out, timestep, latents, **options).prev_sample

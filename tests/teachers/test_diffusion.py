@@ -91,6 +91,16 @@ class TestMarigold:
         noise = torch.randn(2, 4, 10, 14)
         one, other = (two.predict(IMAGES[:1], noise=noise, keys=[key]).values for key in KEYS)
         assert (one - other).abs().max() > 1e-3, "given noise is the first noise only"
+        seen = []
+        two._denoise = lambda _, noise, generators: seen.append(noise) or torch.randn(1, 8, 8, generator=generators[0])
+        two.predict(IMAGES[:1])
+        authors = torch.Generator().manual_seed(1234)
+        for drawn in seen:
+            assert torch.equal(drawn, torch.randn(drawn.shape, generator=authors)), (
+                "a member is finished before the next"
+            )
+            torch.randn(1, 8, 8, generator=authors)
+        assert len(seen) == 2
         with pytest.raises(ValueError, match="steps must be 1 to 4"):
             marigold.Teacher.load(str(folder), steps=5)
 
