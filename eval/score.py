@@ -24,6 +24,7 @@ from distill.core.files import files_below
 from distill.core.plugins import find
 from distill.core.progress import Report
 from distill.core.threads import one_thread
+from distill.core.wording import shortened
 from distill.data.filetypes import skip_category, summarize_counts
 from distill.data.maps import SUFFIXES, stored_stems
 from distill.eval.benchmarks import BenchmarkSample, with_listed_images
@@ -219,7 +220,7 @@ def _places(store: Path, samples: Sequence[BenchmarkSample]) -> dict[str, Path]:
         all_files = [path.relative_to(store).as_posix() for path in files_below(store)]
         map_files = [name for name in all_files if Path(name).suffix.lower() in SUFFIXES]
         others = summarize_counts(map(skip_category, all_files))
-        listed = ", ".join(map_files[:3]) + (f" and {len(map_files) - 3} more" if len(map_files) > 3 else "")
+        listed = shortened(map_files)
         raise FileNotFoundError(
             f"{store} holds none of the {len(samples)} predictions; the first should be {store / first.prediction_path}"
             f" (or another of {stems}; .npz, .png, .tif, .exr and .pfm too); there is "

@@ -22,7 +22,7 @@ import tomli_w
 
 from distill.app.recipe import USES, Recipe
 from distill.app.strict import RecipeError, plain
-from distill.core.plugins import did_you_mean
+from distill.core.wording import did_you_mean
 
 WIDTH = 118
 _PAGE = """# The keys of a recipe
@@ -143,15 +143,13 @@ def explain_key(key: str, recipe: Recipe | None = None) -> str:
     name, _, key_path = key.partition(".")
     known = {part.name: part for part in parts()}
     if name not in known:
-        raise RecipeError(
-            f"no table {name!r} in a recipe{did_you_mean(name, list(known))}; there are {', '.join(known)}"
-        )
+        raise RecipeError(f"no table {name!r} in a recipe{did_you_mean(name, known)}; there are {', '.join(known)}")
     part = known[name]
     key_path = re.sub(r"^\d+\.", "", key_path)
     keys = [k for k in part.keys if not key_path or k.name == key_path.partition(".")[0]]
     if not keys:
-        near = did_you_mean(key_path, [k.name for k in part.keys])
-        raise RecipeError(f"no key {key}{near.replace('mean ', f'mean {name}.') if near else ''}")
+        near = did_you_mean(key_path, (k.name for k in part.keys), prefix=f"{name}.")
+        raise RecipeError(f"no key {key}{near}")
     lines = [] if key_path else [part.header, *textwrap.wrap(part.meaning, WIDTH), ""]
     for k in keys:
         lines += [f"{name}.{k.name}: {k.type}" + (f", default {k.default}" if k.default else ", needed")]

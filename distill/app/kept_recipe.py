@@ -10,6 +10,7 @@ from distill.app import build
 from distill.app.console import note
 from distill.app.recipe import USES, Recipe, differences, dumps
 from distill.core import files
+from distill.core.wording import shortened
 
 NAME = "recipe.toml"
 _LISTED = 6
@@ -42,9 +43,8 @@ def kept_recipe(recipe: Recipe) -> Iterator[None]:
     path = recipe.run.folder / NAME
     before = path.read_text(encoding="utf-8") if path.is_file() else None
     if before is not None and (changed := _relevant(differences(recipe, recipe.run.folder), recipe)):
-        more = f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
         note(
-            f"{recipe.run.folder} was made with other values of {', '.join(changed[:_LISTED])}{more}; give "
+            f"{recipe.run.folder} was made with other values of {shortened(changed, _LISTED)}; give "
             "a new experiment its own name: --set run.name=NAME"
         )
     # Workers on several machines are each a first process, and write at the same time.

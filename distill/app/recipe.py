@@ -20,7 +20,8 @@ from distill.app.settings import CompareSettings, RunSettings
 from distill.app.shipped import locate
 from distill.app.strict import RecipeError, parse_into, plain, read_toml
 from distill.core.crop_settings import CropSettings
-from distill.core.plugins import allow, did_you_mean, is_path
+from distill.core.plugins import allow, is_path
+from distill.core.wording import did_you_mean
 from distill.data.settings import ImageSettings
 from distill.eval.settings import BenchmarkSettings, ScoreSettings
 from distill.labelling.settings import LabelSettings

@@ -13,7 +13,7 @@ from typing import Literal
 
 import distill
 from distill.app.strict import RecipeError
-from distill.core.plugins import did_you_mean
+from distill.core.wording import did_you_mean
 
 FileKind = Literal["recipe", "study"]
 

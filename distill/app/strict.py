@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from distill.core.files import decoded
-from distill.core.plugins import did_you_mean
 from distill.core.settings import hints_of
+from distill.core.wording import did_you_mean
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ class _Reading:
             elif new_name := self.renamed.get(_without_numbers(prefix + key)):
                 self.faults.append(f"{prefix}{key} is renamed to {prefix}{new_name.rpartition('.')[2]}")
             else:
-                near = did_you_mean(key, list(known)).replace("mean ", f"mean {prefix}")
+                near = did_you_mean(key, known, prefix=prefix)
                 known_keys = f"; {path or 'the file'} has {', '.join(known)}"
                 self.faults.append(f"unknown key {prefix}{key}{near or known_keys}")
         for name, f in known.items():

@@ -24,6 +24,9 @@ from distill.teachers._sky import POLICIES, under_policy
 
 Teachers = list[tuple[str, Any]]
 
+_ELSEWHERE = {"weights": "teachers[{}].weights", "dtype": "teachers[{}].dtype", "device": "run.device"}
+"""Arguments of every `Teacher.load` that are no options, and the keys that give them."""
+
 
 def check_teachers(recipe: Recipe) -> None:
     """Raises RecipeError with every option that no teacher takes."""
@@ -34,6 +37,12 @@ def check_teachers(recipe: Recipe) -> None:
         load = Corruptions if spec.name == TRUTH else find("distill.teachers", spec.name).Teacher.load
         faults += option_faults(load, spec.options, f"teachers[{i}].options")
         faults += option_faults(load, spec.score_options, f"teachers[{i}].score_options")
+        faults += [
+            f"teachers[{i}].{table}.{key}: {_ELSEWHERE[key].format(i)} decides; leave it out"
+            for table, options in (("options", spec.options), ("score_options", spec.score_options))
+            for key in _ELSEWHERE
+            if key in options and spec.name != TRUTH
+        ]
         if recipe.labels.sky != "teacher" and "sky" in spec.options:
             faults.append(f"teachers[{i}].options.sky: labels.sky decides for all teachers; leave one of them out")
     if faults:

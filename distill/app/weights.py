@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from distill.app.recipe import Recipe
 from distill.core.findings import Finding
 from distill.core.plugins import find
+from distill.core.wording import shortened
 from distill.labelling.jobs import TRUTH
 from distill.students import checkpoint
 from distill.teachers import WEIGHT_SUFFIXES, WeightsMissingError, _latent_student, to_download
@@ -54,7 +55,7 @@ def weight_findings(recipe: Recipe) -> list[Finding]:
             findings.append(Finding("bad", f"{purpose}: {error}", "what depends on it was not checked", purpose))
             continue
         if missing:
-            names = ", ".join(sorted(missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            names = shortened(sorted(missing), 4)
             size = sum(missing.values()) / 1e9
             line = f"{purpose}: {text} is not here yet: {size:.2f} GB to download ({names})"
             remedy = (

@@ -13,7 +13,6 @@ have is an error that names both. Listing imports nothing.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from distill.core.by_path import module_name
 from distill.core.files import file_sha256
+from distill.core.wording import did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -148,12 +148,6 @@ def is_path(name: str) -> bool:
 def short_name(name: str) -> str:
     """The plug-in's own name: of a file, its name without folder and suffix."""
     return Path(name).stem if is_path(name) else name
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean NAME?", or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _is_own(package: str, name: str) -> bool:
@@ -298,7 +292,7 @@ def option_faults(function: Callable[..., object], options: Mapping[str, object]
     ]
     offered = [name for name in known if name not in ("weights", "device", "dtype", "in_channels")]  # not options
     suffix = f"; there are {', '.join(offered)}" if offered else "; it takes none"
-    faults = [f"unknown key {where}.{key}{did_you_mean(key, known) or suffix}" for key in options if key not in known]
+    faults = [f"unknown key {where}.{key}{did_you_mean(key, offered) or suffix}" for key in options if key not in known]
     for key, value in options.items():
         accepted = _plain_types(function, key) if key in known else ()
         # An int may stand for a float, and a path for its text.

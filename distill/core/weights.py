@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from distill.core import records, standins
+from distill.core.wording import shortened
 
 # This module is also imported to read teachers' names, without waiting for torch.
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ def _below(folder: Path) -> str:
     """List files in a folder and its subfolders that may be weights: `; there is checkpoint-500/model.safetensors`."""
     files = [file for depth in ("*", "*/*") for file in sorted(folder.glob(depth)) if _LIKE_WEIGHTS.search(file.name)]
     candidates = [file.relative_to(folder).as_posix() for file in files if not _BESIDE_WEIGHTS.fullmatch(file.name)]
-    suffix = f" and {len(candidates) - 3} more" if len(candidates) > 3 else ""
-    return f"; there is {', '.join(candidates[:3])}{suffix}" if candidates else ""
+    return f"; there is {shortened(candidates)}" if candidates else ""
 
 
 _LIKE_WEIGHTS = re.compile(r"\.(safetensors|pth|pt|ckpt|bin|pkl|tar|distcp|msgpack|h5|onnx|gguf)$", re.IGNORECASE)

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill.core.plugins import did_you_mean, name_fault, names, source, where_from
+from distill.core.plugins import name_fault, names, source, where_from
 from distill.core.settings import raise_faults, unknown_words
+from distill.core.wording import did_you_mean
 
 TERMS = "distill.losses.terms"
 

@@ -226,6 +226,10 @@ MISTAKES = {
         ["label", "{recipe}", "--set", "teachers.0.options.offst=1"],
         "unknown key teachers[0].options.offst; did you mean offset?",
     ),
+    "teacher option that is a key": (
+        ["label", "{recipe}", "--set", 'teachers.0.options.dtype="float16"'],
+        "teachers[0].options.dtype: teachers[0].dtype decides; leave it out",
+    ),
     "report of nothing": (["report", "nowhere"], "nowhere"),
     "report of another folder": (["report", str(Path(__file__).parent)], "not the folder of a run"),
     "verify nothing": (["verify", "nowhere"], "nowhere"),

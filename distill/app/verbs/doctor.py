@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import table
     from distill.app.shipped import shipped
-    from distill.core.plugins import did_you_mean
+    from distill.core.wording import did_you_mean
 
     if bool(args.target) == bool(args.benchmark):
         raise ValueError("doctor takes a recipe, a run's folder or its log; or --benchmark NAME with --root DIR")
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         from distill.training.diagnose import check_run
 
         if not Path(args.target).exists():
-            near = did_you_mean(args.target, list(shipped()))
+            near = did_you_mean(args.target, shipped())
             raise FileNotFoundError(f"{args.target}: no such recipe, run or log{near}; see `distill list recipes`")
         title, findings = args.target, check_run(Path(args.target))
     head = ["level", "what", "remedy"] if any(f.remedy for f in findings) else ["level", "what"]

@@ -1,0 +1,37 @@
+"""Phrases that messages share: counted nouns, long lists cut short, "did you mean"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """ "1 image", "2 images"; plural: of a noun that does not take an s."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """ "a, b, c and 2 more": the first `most` names, and the number of the others."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """ "; did you mean NAME?", or nothing where no known name is near. Names that are equally near are all given.
+
+    prefix: of every suggestion ("train.").
+    """
+    near = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.6)
+    if not near:
+        return ""
+    matcher = difflib.SequenceMatcher()
+    matcher.set_seq2(name)  # as get_close_matches: the ratio is not symmetric
+
+    def ratio(candidate: str) -> float:
+        matcher.set_seq1(candidate)
+        return matcher.ratio()
+
+    best = ratio(near[0])
+    nearest = sorted(candidate for candidate in near if ratio(candidate) == best)
+    return f"; did you mean {' or '.join(prefix + candidate for candidate in nearest)}?"
