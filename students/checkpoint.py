@@ -28,6 +28,7 @@ from distill.core.plugins import allowed, is_path, origins
 from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
 from distill.core.standins import fault_of_start
+from distill.core.strictness import mismatches
 from distill.students import Student
 from distill.students.modelcard import canonical_rule, page_of
 from distill.students.quantize import fits, may_shrink, pack, unpack
@@ -171,14 +172,8 @@ def load(
     state = _read_weights(weights_path, description["weights"]["sha256"])
     tensors = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
     state = unpack(state, tensors, weights_path)
-    faults = {
-        "lacks": [key for key in tensors if key not in state],
-        "has unclaimed": [key for key in state if key not in tensors],
-        "has another shape for": [key for key in tensors if key in state and tensors[key].shape != state[key].shape],
-    }
-    for what, keys in faults.items():
-        if keys:
-            raise ValueError(f"{weights_path}: {what} {', '.join(keys[:3])} ({len(keys)} in all)")
+    if faults := mismatches(state, tensors):
+        raise ValueError(f"{weights_path}: not the weights of this student: it {'; it '.join(faults)}")
     student.load_state_dict(state, strict=False)
     return student.to(device).eval()
 
@@ -237,13 +232,12 @@ def load_decoder(student: Student, folder: str | Path) -> None:
     folder = Path(folder)
     description = describe(folder)
     state = _read_weights(folder / WEIGHTS, description["weights"]["sha256"])
-    decoder = {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
+    expected = {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
     state = {key: value for key, value in state.items() if key.startswith("decoder.")}
-    decoder = {k.removeprefix("decoder."): v for k, v in unpack(state, decoder, folder / WEIGHTS).items()}
-    try:
-        student.decoder.load_state_dict(decoder)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: its decoder is not the one asked for: {str(error).splitlines()[-1]}") from error
+    state = unpack(state, expected, folder / WEIGHTS)
+    if faults := mismatches(state, expected):
+        raise ValueError(f"{folder}: its decoder is not the one asked for: it {'; it '.join(faults)}")
+    student.decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in state.items()})
 
 
 def describe(folder: str | Path) -> dict[str, Any]:

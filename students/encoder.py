@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.core.files import file_sha256
+from distill.core.strictness import mismatches
 from distill.core.weights import ANY, below_prefix, find_weights, read_state
+from distill.core.wording import shortened
 from distill.students import vggt
 from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
 from distill.students.positions import remember_positions
@@ -354,7 +356,7 @@ _UNUSED = re.compile(
 
 
 def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
-    """Load `state` into `backbone`; ValueError names the keys that are missing, unclaimed or of another shape."""
+    """Load `state` into `backbone`; ValueError names the keys that are missing, unknown or of another shape."""
     if isinstance(backbone, vggt.Backbone):
         return _load(backbone.vit, backbone.load_own(state, source), source)
     state = below_prefix(state, ANCHORS, source, beside=_WHOLE_MODELS, is_part=True)
@@ -364,24 +366,11 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     if "pos_embed" in target and "pos_embed" in state:
         state["pos_embed"] = _resized_table(state["pos_embed"], backbone)
 
-    faults = [
-        f"{fault} {_some(keys)}"
-        for fault, keys in {
-            "lacks": [key for key in target if key not in state],
-            "has unclaimed": [key for key in state if key not in target],
-            "has another shape for": [k for k in target if k in state and target[k].shape != state[k].shape],
-        }.items()
-        if keys
-    ]
-    if faults:
+    if faults := mismatches(state, target):
         suggestion = _encoder_of(original, source)
         raise ValueError(f"{source}: not the weights of this encoder: it {'; it '.join(faults)}{suggestion}")
-    if integers := [key for key in target if target[key].is_floating_point() and not state[key].is_floating_point()]:
-        raise ValueError(
-            f"{source}: {_some(integers)} is {state[integers[0]].dtype}: give weights that are not quantized"
-        )
     if infinite := [key for key in target if not torch.isfinite(state[key].float()).all()]:
-        raise ValueError(f"{source}: {_some(infinite)} has numbers that are not finite: its training has diverged")
+        raise ValueError(f"{source}: {shortened(infinite)} has numbers that are not finite: its training has diverged")
     backbone.load_state_dict(state)
 
 
@@ -402,10 +391,6 @@ def _encoder_of(state: dict[str, Tensor], source: str) -> str:
             ):
                 return f"; they are of {alias}"
     return ""
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _resized_table(table: Tensor, backbone: Any) -> Tensor:

@@ -121,7 +121,7 @@ def unpack(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: ob
     for key in {key.rpartition(":")[0] for key in state if ":" in key}:
         parts = {part: state[f"{key}:{part}"] for part in _PARTS if f"{key}:{part}" in state}
         if key not in tensors or len(parts) != len(_PARTS):
-            raise ValueError(f"{where}: has an unclaimed or incomplete quantized tensor, {key}")
+            raise ValueError(f"{where}: has an unknown or incomplete quantized tensor, {key}")
         try:
             out[key] = dequantize(parts, tensors[key].shape)
         except ValueError as error:

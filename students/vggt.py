@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from distill.core.blocks import Attention, LayerScale, Mlp
 from distill.core.positions import patch_positions, rotation_tables
+from distill.core.strictness import mismatches
 
 NAME = "vggt"
 REGISTERS = 4
@@ -95,7 +96,7 @@ class Backbone(nn.Module):
     def load_own(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         """Loads all but the ViT from a released file (or a part of one); returns the ViT's tensors, under its names.
 
-        VGGT's heads are ignored. Raises ValueError naming the keys that are missing, unclaimed or of another shape.
+        VGGT's heads are ignored. Raises ValueError naming the keys that are missing, unknown or of another shape.
         """
         if not any(key.startswith(_INSIDE) for key in state):
             state = {f"{_INSIDE}{key}": value for key, value in state.items()}
@@ -112,16 +113,7 @@ class Backbone(nn.Module):
             else:
                 own[name] = value[:, 0] if name in ("camera_token", "register_token") else value
         target = {key: value for key, value in self.state_dict().items() if not key.startswith("vit.")}
-        faults = [
-            f"{what} {', '.join(keys[:3])}"
-            for what, keys in {
-                "lacks": [key for key in target if key not in own],
-                "has unclaimed": [key for key in own if key not in target],
-                "has another shape for": [k for k in target if k in own and target[k].shape != own[k].shape],
-            }.items()
-            if keys
-        ]
-        if faults:
+        if faults := mismatches(own, target):
             raise ValueError(f"{source}: not the weights of VGGT: it {'; it '.join(faults)}")
         self.load_state_dict(own, strict=False)  # the caller loads the ViT's, which needs timm's names
         return inner

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from distill.core import files
 from distill.core.depth import Kind
+from distill.core.strictness import mismatches
 from distill.students.modelcard import latent_card
 from distill.teachers import (
     WeightsMismatchError,
@@ -206,7 +207,11 @@ def build_student(weights: str, asked: LatentStudentSpec) -> LatentStudent:
         width, hidden = (max(2, round(share * widths[0])) for share in (HEAD_WIDTH, HEAD_HIDDEN))
         head = DptHead(widths, width, hidden)
         if (folder / latent.HEAD).is_dir():
-            head.load_state_dict(read_state(find_weights(folder / latent.HEAD, ("*.safetensors", "*.bin"))))
+            file = find_weights(folder / latent.HEAD, ("*.safetensors", "*.bin"))
+            state = read_state(file)
+            if faults := mismatches(state, head.state_dict()):
+                raise WeightsMismatchError(f"{file} is not this network's DPT head: it {'; it '.join(faults)}")
+            head.load_state_dict(state)
     return LatentStudent(
         parts,
         folder,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors
 
+from distill.core.strictness import mismatches, unmatched
 from distill.core.weights import WeightsMismatchError
 
 if TYPE_CHECKING:
@@ -21,11 +22,10 @@ REPORT_MISMATCHES: dict[str, Any] = {"output_loading_info": True, "ignore_mismat
 
 def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, *, what: str) -> None:
     """Raises WeightsMismatchError that names the first keys, unless both are empty."""
-    faults = []
-    for label, keys in (("is missing", sorted(missing)), ("has unknown", sorted(unexpected))):
-        if keys:
-            remainder = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            faults.append(f"{label} {', '.join(keys[:3])}{remainder}")
+    _raise(unmatched(sorted(missing), sorted(unexpected)), where, what)
+
+
+def _raise(faults: Sequence[str], where: str | Path, what: str) -> None:
     if faults:
         raise WeightsMismatchError(f"{where} is not a {what} checkpoint: it {'; it '.join(faults)}")
 
@@ -34,15 +34,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str | P
     """`module.load_state_dict`, but every key must match in name and shape; WeightsMismatchError names those that do
     not.
     """
-    expected = module.state_dict()
-    check_claimed(expected.keys() - state.keys(), state.keys() - expected.keys(), where, what=what)
-    for key, tensor in expected.items():
-        if tensor.shape != state[key].shape:
-            raise WeightsMismatchError(
-                f"{where} is not a {what} checkpoint: {key} is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
-            )
-        if tensor.is_floating_point() and not state[key].is_floating_point():
-            raise WeightsMismatchError(f"{where}: {key} is {state[key].dtype}: give weights that are not quantized")
+    _raise(mismatches(state, module.state_dict()), where, what)
     module.load_state_dict(dict(state), assign=True)
     module.requires_grad_(False)
 
@@ -78,7 +70,5 @@ def load_checked(
     check_claimed(missing, unexpected, where, what=what)
     if info["mismatched_keys"]:
         key, stored, expected = sorted(info["mismatched_keys"])[0]
-        raise WeightsMismatchError(
-            f"{where} is not a {what} checkpoint: {key} is {tuple(stored)}, not {tuple(expected)}"
-        )
+        _raise([f"has another shape for {key} ({tuple(stored)}, not {tuple(expected)})"], where, what)
     return model

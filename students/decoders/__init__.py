@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.core.strictness import mismatches
+
 Features = Sequence[tuple[Tensor, Tensor] | Tensor]
 
 NORMS = ("batch", "frozen", "group")
@@ -75,17 +77,13 @@ def load_released(decoder: nn.Module, state: Mapping[str, Any]) -> None:
     """Fill a decoder from the parameter names of AnyDepth's released heads, strictly.
 
     The names may have the prefix `module.`, `decoder.` or `0.decoder.`; the encoder of a whole model is ignored.
-    Counters and fixed sampling positions may be missing. ValueError names the keys that are missing or unclaimed.
+    Counters and fixed sampling positions may be missing. ValueError names the keys that are missing or unknown.
     """
     bare = {key.removeprefix("module."): torch.as_tensor(value) for key, value in state.items()}
     for inside, beside in (("0.decoder.", "0.encoder."), ("decoder.", "encoder.")):
         if any(key.startswith(inside) for key in bare):
             bare = {key.removeprefix(inside): value for key, value in bare.items() if not key.startswith(beside)}
     target = decoder.state_dict()
-    missing = [k for k in target if k not in bare and not k.endswith(("init_pos", "num_batches_tracked"))]
-    unclaimed = [key for key in bare if key not in target]
-    misshapen = [key for key in bare if key in target and bare[key].shape != target[key].shape]
-    for what, keys in (("lack", missing), ("have unclaimed", unclaimed), ("have another shape for", misshapen)):
-        if keys:
-            raise ValueError(f"released head: its weights {what} {', '.join(keys[:3])} ({len(keys)} in all)")
+    if faults := mismatches(bare, target, may_lack=("init_pos", "num_batches_tracked")):
+        raise ValueError(f"not a released head of this decoder: it {'; it '.join(faults)}")
     decoder.load_state_dict(target | bare)

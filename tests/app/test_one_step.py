@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from distill import teachers
 from distill.app import commands, latent, latent_costs, lineage, preflight
 from distill.app.recipe import parse
 from distill.app.strict import RecipeError
@@ -133,6 +135,12 @@ def test_a_dpt_heads_folder_is_read_by_genpercepts_teacher(made, tmp_path):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
     with pytest.raises(FileExistsError, match="holds something else"):
         _latent_student.save(student, made / "photos")
+    file = next((folder / "dpt_head_identity").glob("*.safetensors"))
+    head = load_file(file)
+    head.pop(next(iter(head)))
+    save_file(head, file)
+    with pytest.raises(teachers.WeightsMismatchError, match="is not this network's DPT head: it lacks "):
+        _latent_student.build_student(str(folder), asked)
 
 
 def test_recipes_that_contradict_themselves_are_refused(made):

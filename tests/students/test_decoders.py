@@ -191,11 +191,11 @@ class TestReleasedHeads:
     def test_every_misfit_is_named(self):
         decoder = sdt.Decoder(16, 16)
         state = dict(decoder.state_dict())
-        with pytest.raises(ValueError, match="lack output_conv.4.bias"):
+        with pytest.raises(ValueError, match="lacks output_conv.4.bias"):
             decoder.load_released({k: v for k, v in state.items() if k != "output_conv.4.bias"})
-        with pytest.raises(ValueError, match="unclaimed output_conv.5.bias"):
+        with pytest.raises(ValueError, match="has unknown output_conv.5.bias"):
             decoder.load_released(state | {"output_conv.5.bias": torch.zeros(1)})
-        with pytest.raises(ValueError, match="another shape for output_conv.4.bias"):
+        with pytest.raises(ValueError, match=r"another shape for output_conv.4.bias \(\(2,\), not \(1,\)\)"):
             decoder.load_released(state | {"output_conv.4.bias": torch.zeros(2)})
 
     def test_counters_may_be_missing(self):

@@ -116,7 +116,7 @@ class TestEncoderWeights:
     def test_every_parameter_is_claimed(self, tmp_path, whole):
         state = {k: v.clone() for k, v in whole.backbone.state_dict().items()}
         for changed, message in (
-            (state | {"blocks.6.norm1.bias": torch.zeros(64)}, r"w\.pth: .* has unclaimed blocks\.6\.norm1\.bias"),
+            (state | {"blocks.6.norm1.bias": torch.zeros(64)}, r"w\.pth: .* has unknown blocks\.6\.norm1\.bias"),
             ({k: v for k, v in state.items() if k != "norm.bias"}, "lacks norm.bias"),
             (state | {"cls_token": torch.zeros(1, 1, 65)}, "another shape for cls_token"),
         ):
@@ -255,7 +255,7 @@ def test_weights_of_another_encoder_name_theirs(monkeypatch):
         with torch.device("meta"):
             made[name] = encoder._create(encoder.ALIASES[name], None, {"depth": 1})
     monkeypatch.setattr(encoder, "_create", lambda name, *_: made["dinov2_vits14" + "_reg" * ("reg4" in name)])
-    with pytest.raises(ValueError, match=r"w.pth: .* has unclaimed reg_token; .*; they are of dinov2_vits14_reg"):
+    with pytest.raises(ValueError, match=r"w.pth: .* has unknown reg_token; .*; they are of dinov2_vits14_reg"):
         encoder._load(made["dinov2_vits14"], made["dinov2_vits14_reg"].state_dict(), "w.pth")
 
 

@@ -47,7 +47,7 @@ def test_a_file_of_another_network_is_told(tmp_path):
     _, state = authors_file(tmp_path / "x.pt")
     decoder = Decoder(WIDTH, FUSION, NECK)
     without = {key: value for key, value in state.items() if "act_postprocess2.3" not in key}
-    with pytest.raises(ValueError, match=r"lack reassemble.projects.1.conv.weight"):
+    with pytest.raises(ValueError, match=r"lacks reassemble.projects.1.conv.weight"):
         decoder.load_released(without)
-    with pytest.raises(ValueError, match="have unclaimed scratch.stem_transpose"):
+    with pytest.raises(ValueError, match="has unknown scratch.stem_transpose"):
         decoder.load_released(state | {"scratch.stem_transpose.weight": torch.ones(1)})

@@ -68,7 +68,7 @@ def test_depth_anything_v2_refuses_other_networks(made, copy, tmp_path):
             depth_anything_v2.Teacher.load(str(copy(name)))
         one_line(error)
     safetensors.torch.save_file({"pretrained.cls_token": torch.zeros(1, 1, 384)}, tmp_path / "a.safetensors")
-    with pytest.raises(teachers.WeightsMismatchError, match="is missing backbone.embeddings.position_embeddings"):
+    with pytest.raises(teachers.WeightsMismatchError, match="lacks backbone.embeddings.position_embeddings"):
         depth_anything_v2.Teacher.load(str(tmp_path / "a.safetensors"))
 
 

@@ -76,7 +76,7 @@ def test_weights_are_claimed_one_by_one(made, tmp_path):
     without = {key: value for key, value in state.items() if key != "neck.res_blocks.1.0.layers.2.bias"}
     strange = description | {"neck": description["neck"] | {"resamplers": "max_pool"}}
     for content, words in (
-        ({"model": without, "model_config": description}, "is missing neck.res_blocks.1.0.layers.2.bias"),
+        ({"model": without, "model_config": description}, "lacks neck.res_blocks.1.0.layers.2.bias"),
         ({"model": state | {"other": torch.ones(1)}, "model_config": description}, "has unknown other"),
         ({"model": state, "model_config": strange}, "no MoGe-2 that is known here: a resampler of kind 'max_pool'"),
         ({"model": state}, "model.pt has no model_config"),
