@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind, KindError, least_known
 from distill.core.labels import Labels, Supervision
+from distill.core.trial import DifferentResultError, failure
 
 INVALID = 0
 LAST = 65535
@@ -78,20 +79,22 @@ def decode_values(codes: Tensor, low: Tensor, high: Tensor, units: Tensor) -> tu
 @functools.cache
 def _fused_decode(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] | None:
     """The kernel that decodes on a GPU; None, with one warning, where it fails or has other bits than torch."""
-    try:
+
+    def compare() -> None:
         from distill.core import codes_kernel
 
         example = [x.to(device) for x in codes_kernel.example()]
         pairs = zip(codes_kernel.decode_values(*example), decode_values(*example), strict=True)
-        if all(torch.equal(ours, expected) for ours, expected in pairs):
-            return codes_kernel.decode_values
-        reason = "it has other bits"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, torch is the fallback
-        reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
-    warnings.warn(f"the kernel that decodes labels fails here ({reason}): using the slower torch code", stacklevel=4)
-    return None
+        if not all(torch.equal(ours, expected) for ours, expected in pairs):
+            raise DifferentResultError("it has other bits")
+
+    if reason := failure(compare):
+        line = f"the kernel that decodes labels fails here ({reason}): using the slower torch code"
+        warnings.warn(line, stacklevel=4)
+        return None
+    from distill.core import codes_kernel
+
+    return codes_kernel.decode_values
 
 
 def join(maps: Sequence[CodedMaps]) -> CodedMaps:

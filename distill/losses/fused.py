@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.core.trial import DifferentResultError, failure
 from distill.losses.normalize._batched import batch_loss
 from distill.losses.normalize._per_image import FLAT, FLOOR, MIN_PIXELS
 
@@ -24,10 +25,6 @@ FINEST = 16
 # True: a failure raises. Tests and speed scripts set it, so that they never measure the torch code by mistake.
 raise_faults = False
 _tried: dict[tuple[Hashable, torch.device], bool] = {}
-
-
-class KernelError(RuntimeError):
-    """The kernels gave other numbers than the torch code."""
 
 
 def has_kernels(values: Tensor) -> bool:
@@ -115,33 +112,30 @@ def _trusted(name: Hashable, device: torch.device, trial: Callable[[torch.device
 
 
 def _works(trial: Callable[[torch.device], Pairs], device: torch.device) -> bool:
-    try:
+    def compare() -> None:
         for ours, reference in trial(device):
             error = float((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
             if not error < 1e-3:
-                raise KernelError(f"they are off by {error:.2g}")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, torch is the fallback
-        if raise_faults:
-            raise
-        if device.type == "cuda" and _launch_apart():
-            return _works(trial, device)
-        if all(_tried.values()):
-            reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
-            warnings.warn(f"the fused loss kernels fail here ({reason}): using the slower torch code", stacklevel=5)
-        return False
-    return True
+                raise DifferentResultError(f"they are off by {error:.2g}")
+
+    if raise_faults:
+        compare()
+        return True
+    reason = failure(compare)
+    if reason and device.type == "cuda" and not failure(_launch_apart):
+        reason = failure(compare)
+    if reason and all(_tried.values()):
+        warnings.warn(f"the fused loss kernels fail here ({reason}): using the slower torch code", stacklevel=5)
+    return not reason
 
 
-def _launch_apart() -> bool:
-    """Switch to one launch per step: the cooperative launch fails on a shared card. False if that was so before."""
-    try:
-        from distill.losses.kernels import select
-    except Exception:  # noqa: BLE001  the caller reports this failure already
-        return False
-    before, select.SEPARATE_LAUNCHES = select.SEPARATE_LAUNCHES, True
-    return not before
+def _launch_apart() -> None:
+    """Switch to one launch per step, for the cooperative launch fails on a shared card; RuntimeError if that was so."""
+    from distill.losses.kernels import select
+
+    if select.SEPARATE_LAUNCHES:
+        raise RuntimeError("launches are separate already")
+    select.SEPARATE_LAUNCHES = True
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distill.core.threads import one_thread
+from distill.core.trial import DifferentResultError, failure
 from distill.data.scenes import reference
 from distill.data.scenes.film import Film, develop, draw_film
 from distill.data.scenes.indoors import table
@@ -95,7 +96,7 @@ def _trusted(device: torch.device) -> bool:
 
 
 def _try(device: torch.device) -> bool:
-    try:
+    def compare() -> None:
         for build in (street, table):  # the sun, sky and haze; lamps and a room
             rng = np.random.default_rng(_TRIAL_SEED)
             stage = Stage(rng=rng)
@@ -104,14 +105,12 @@ def _try(device: torch.device) -> bool:
             film = draw_film(rng, 40, 56)
             expected = developed(*cpu_path()(stage, (40, 56)), film)
             if not all(map(torch.equal, _on_gpu(stage, (40, 56), film, device), expected)):
-                raise ValueError(f"its picture of a {build.__name__} differs from the CPU's")
-    except torch.OutOfMemoryError:
-        raise  # inconclusive: the next view checks again
-    except Exception as fault:  # noqa: BLE001  a compiler or driver may raise anything; the CPU is the fallback
-        reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
+                raise DifferentResultError(f"its picture of a {build.__name__} differs from the CPU's")
+
+    reason = failure(compare)
+    if reason:
         warnings.warn(f"{device} cannot render scenes ({reason}): the slower CPU renders them", stacklevel=2)
-        return False
-    return True
+    return not reason
 
 
 @cache
