@@ -26,9 +26,11 @@ from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import with_current_keys
 from distill.app.strict import RecipeError
 from distill.app.teaching import check_teacher_count, load_teachers
+from distill.core import machine
 from distill.core.depth import Kind
 from distill.core.plugins import file_hashes, find, short_name
 from distill.core.weights import read_state
+from distill.core.wording import counted
 from distill.data.pairs import read_names
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
@@ -56,24 +58,21 @@ def process() -> tuple[int, int]:
 
 
 def device(recipe: Recipe) -> torch.device:
-    """The recipe's device; "auto" takes this process's CUDA card, then Apple's GPU, then the CPU.
+    """The recipe's device; of CUDA cards without a number this process's own.
 
     Raises RecipeError for a device that this machine does not have.
     """
-    if recipe.run.device != "auto":
-        requested = torch.device(recipe.run.device)
-        count = 1 if requested.type == "cpu" else torch.get_device_module(requested).device_count()
-        if (requested.index or 0) >= count:
-            raise RecipeError(
-                f'run.device = "{requested}": torch finds {count} {requested.type} devices here; use "auto" or "cpu"'
-            )
-        # Without an index all processes of a machine would share its first card.
-        if requested.type == "cuda" and requested.index is None:
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
-        return requested
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    requested = torch.device(machine.best_device() if recipe.run.device == "auto" else recipe.run.device)
+    count = 1 if requested.type == "cpu" else torch.get_device_module(requested).device_count()
+    if (requested.index or 0) >= count:
+        raise RecipeError(
+            f'run.device = "{requested}": torch finds {counted(count, f"{requested.type} device")} here; use "auto" '
+            'or "cpu"'
+        )
+    # Without an index all processes of a machine would share its first card.
+    if requested.type == "cuda" and requested.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+    return requested
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def usable_device(device: str) -> str:
     """Return the device that "auto" selects, or `device`; raises ValueError if it cannot be used."""
     import torch
 
-    chosen = _device() if device == "auto" else device
+    chosen = best_device() if device == "auto" else device
     try:
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without CUDA
@@ -146,7 +146,8 @@ def usable_device(device: str) -> str:
     return chosen
 
 
-def _device() -> str:
+def best_device() -> str:
+    """The device that "auto" selects: CUDA, then Apple's GPU, then the CPU."""
     import torch
 
     if torch.cuda.is_available():
