@@ -17,6 +17,7 @@ from types import ModuleType
 
 import numpy as np
 
+from distill.core.wording import counted
 from distill.core.findings import Finding
 from distill.core.plugins import find
 from distill.eval.benchmarks import BenchmarkSample
@@ -89,7 +90,7 @@ def _unfinished(root: Path, layout: FileLayout) -> list[Finding]:
 def _count(protocol: Protocol, keys: Sequence[str], *, listed: Path | str | None) -> Finding:
     """Whether these are the images of the published list."""
     if not protocol.num_images:
-        return Finding("ok" if keys else "bad", f"{len(keys)} images; there is no published list to compare with")
+        return Finding("ok" if keys else "bad", f"{counted(len(keys), 'image')}; there is no published list to compare with")
     digest = list_hash(keys)
     if len(keys) == protocol.num_images and digest == protocol.list_sha256:
         return Finding("ok", f"{len(keys)} of the {len(keys)} images of the published list (sha256 {digest[:12]}...)")
@@ -115,7 +116,7 @@ def _missing(files: Files, broken: Rows, benchmark: str, *, listed: bool, total:
     if not missing:
         return []
     subject = "listed images" if listed else "images with at least one file"
-    message = f"{len(broken)} of the {total} {subject} lack {len(missing)} files: {_join(missing)}"
+    message = f"{len(broken)} of the {total} {subject} lack {counted(len(missing), 'file')}: {_join(missing)}"
     return [Finding("bad", message, f"distill fetch {benchmark}, or unpack the archive again")]
 
 

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.core.wording import counted
 from distill.core.plugins import find, names
 from distill.eval.scorefile import Score
 
@@ -167,7 +168,7 @@ def _obstacle(scored: Scored, number: PaperNumber) -> str:
     if score.protocol.offset_positive:
         return "fitted with --offset-positive, which the published protocol does not use"
     if score.num_failed:
-        return f"{score.num_failed} images failed"
+        return f"{counted(score.num_failed, 'image')} failed"
     if not scored.used:
         return "how the maps were predicted (size, steps, format) is not recorded"
     differences = [

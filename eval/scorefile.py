@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.core.wording import counted
 from distill.core import files
 from distill.core.depth import Kind
 from distill.eval.protocol import Protocol, from_dict
@@ -85,7 +86,7 @@ class Score:
     @property
     def count_text(self) -> str:
         """The number of images in words: "24 images", "1 image"."""
-        return f"{self.num_images} image{'' if self.num_images == 1 else 's'}"
+        return counted(self.num_images, "image")
 
     @property
     def num_failed(self) -> int:
@@ -97,7 +98,7 @@ class Score:
         marked = sorted((image for image in self.images if image.problem), key=lambda image: not image.failed)
         lines = [f"{image.key}: {image.problem}" for image in marked]
         if self.num_extra:
-            lines.append(f"{self.num_extra} .npy files belong to no image of the list")
+            lines.append(f"{counted(self.num_extra, '.npy file')} {'belongs' if self.num_extra == 1 else 'belong'} to no image of the list")
         return [self.left_out, *lines] if self.left_out else lines
 
     @property

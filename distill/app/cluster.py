@@ -22,6 +22,7 @@ from distill.app.console import note, progress, table
 from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse, trusted
 from distill.core.progress import Report
+from distill.core.wording import counted
 from distill.labelling.run import LabelOutcome
 from distill.labelling.run_status import RunStatus, run_status
 from distill.labelling.worker import MadePart
@@ -99,7 +100,7 @@ class _NodeStats:
             for node in sorted(self.parts)
         ]
         table("nodes", ["node", "parts", "images", "images/s a worker"], rows)
-        note(f"{self.quarantined} images in quarantine; {self.died} workers died")
+        note(f"{counted(self.quarantined, 'image')} in quarantine; {counted(self.died, 'worker')} died")
 
 
 def label_on(recipe: Recipe, address: str, *, look_s: float = LOOK_S) -> LabelOutcome:

@@ -28,6 +28,7 @@ from distill.app.score_recipe import score_all
 from distill.app.strict import RecipeError
 from distill.core import machine
 from distill.core.depth import Kind
+from distill.core.wording import counted
 from distill.data.filetypes import summarize_counts
 from distill.data.sources import InputShard
 from distill.eval import score as scoring
@@ -150,13 +151,14 @@ def print_label_outcome(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, 
     if recipe.labels.meeting or not outcome.last:
         place = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
         state = "complete" if outcome.complete else "all parts are done; another worker is writing the manifest"
-        say(f"{place}: {state}; {outcome.parts} parts made here")
+        say(f"{place}: {state}; {counted(outcome.parts, 'part')} made here")
     elif outcome.complete:
         manifest = shards.read_manifest(folder)
         num_quarantined = len(manifest["quarantine"])
         count = sum(shard["samples"] for shard in manifest["shards"])
         say(
-            f"{folder}: {count} samples in {len(manifest['shards'])} tars, {num_quarantined} images in quarantine",
+            f"{folder}: {counted(count, 'sample')} in {counted(len(manifest['shards']), 'tar')}, "
+            f"{counted(num_quarantined, 'image')} in quarantine",
             labels=str(folder),
             samples=count,
             tars=len(manifest["shards"]),
@@ -173,7 +175,7 @@ def print_label_outcome(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, 
         if recipe.labels.mirror and send:
             with progress("send to the mirror") as report:
                 sent = mirror.publish(folder, recipe.labels.mirror, report=report)
-            say(f"{recipe.labels.mirror.rstrip('/')}/{folder.name}: {sent} files sent")
+            say(f"{recipe.labels.mirror.rstrip('/')}/{folder.name}: {counted(sent, 'file')} sent")
 
 
 def run_train(recipe: Recipe) -> TrainResult:

@@ -17,6 +17,7 @@ import numpy as np
 
 from distill.app.filtering import Rules, Source, Verdict
 from distill.core import files
+from distill.core.wording import counted
 from distill.data.quality import SCORES
 from distill.eval.reports.figures import NEARNESS, bars, colourise, histogram, legend, own_range, shrink, tile
 from distill.eval.reports.page import details, missing, page, pairs, table
@@ -75,7 +76,7 @@ def _histograms(verdict: Verdict) -> str:
         known = values[np.isfinite(values)]
         if known.size:
             high = 1.0 if known.max() <= 1.0 else float(known.max())
-            note = f"{SCORES[name].words}; median {np.median(known):.3f}, {known.size:,} samples"
+            note = f"{SCORES[name].words}; median {np.median(known):.3f}, {counted(known.size, 'sample')}"
             heights = histogram(list(known), 0.0, high)
             charts.append(bars(name, heights, ("0", f"{high:.3g}"), note=note, colour=number % 5 + 1))
     return f'<div class="charts">{"".join(charts)}</div>'

@@ -25,6 +25,7 @@ from distill.core.align import fit_affine
 from distill.core.depth import DepthMap
 from distill.core.labels import Labels
 from distill.core.progress import Report
+from distill.core.wording import counted
 from distill.eval.agreement import alignment_error, to_disparity
 from distill.eval.reports.fidelity import agreement
 from distill.eval.reports.figures import BINS, NEARNESS, bars, colourise, histogram, legend, own_range, shrink, tile
@@ -219,7 +220,8 @@ def _histograms(seen: Sequence[_Seen]) -> str:
     for pair in seen[0].apart:
         apart = [stats.apart[pair] for stats in seen if np.isfinite(stats.apart[pair])]
         charts.append(bars(f"{pair[0]} and {pair[1]} apart", histogram(apart, 0.0, 1.0), ("0", "1"), colour=5))
-    return f'<p class="key">Over {len(seen)} samples.</p><div class="charts">{"".join(charts)}</div>'
+    count = counted(len(seen), "sample")
+    return f'<p class="key">Over {count}.</p><div class="charts">{"".join(charts)}</div>'
 
 
 def _quarantine(lines: Sequence[Mapping[str, str]]) -> str:
@@ -248,7 +250,7 @@ def _facts(folder: Path, manifest: Mapping[str, Any], seen: Sequence[_Seen], sam
     settings = manifest.get("settings", {})
     return pairs(
         [
-            ("samples", f"{samples} of {manifest['images']['count']} images"),
+            ("samples", f"{samples} of {counted(manifest['images']['count'], 'image')}"),
             ("tars", f"{len(manifest['shards'])}, {size / 1e6:.1f} MB"),
             ("per sample", f"{size / max(1, samples) / 1e3:.0f} kB"),
             ("teachers", ", ".join(manifest["teachers"])),

@@ -24,6 +24,7 @@ from distill.app.recipe import Recipe
 from distill.app.sample_checks import sample_findings
 from distill.core import machine
 from distill.core.findings import Finding
+from distill.core.wording import counted
 from distill.eval.completeness import check_benchmark
 from distill.labelling.annotate import label_photo
 from distill.labelling.jobs import TRUTH
@@ -126,7 +127,7 @@ def _about_images(recipe: Recipe, images: Images, *, crops: bool) -> Iterator[Fi
         why = images.rejected[0] if images.rejected else "the source is empty"
         yield Finding("bad", f"no images: {why}", "fix the file, or name others in [[images]]")
         return
-    yield Finding("ok", f"{about}{images.count} images; parts to label: {about}{images.parts}")
+    yield Finding("ok", f"{about}{counted(images.count, 'image')}; parts to label: {about}{images.parts}")
     if images.bad:
         tried = len(images.bad) + len(images.photos)
         level: Level = "warn" if images.photos else "bad"
@@ -251,8 +252,9 @@ def _about_labelling(
         yield Finding("ok", f"labels are made during training: {seconds:.2f} s per sample on one {device.type}")
         return
     max_processes = min(images.parts, PROCESSES[-1])
+    work = f"{counted(total, 'sample')} of {counted(maps, 'map')}"
     yield _time(
-        f"labelling {images.most} {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: ",
+        f"labelling {images.most} {work} at {1 / seconds:.2f} samples/s: ",
         total * seconds,
         device,
         max_processes,
@@ -333,10 +335,12 @@ def _about_training(
     samples = images.learnt * recipe.crops.crops_per_image
     train = in_steps(recipe.train, max(1, round(samples * (1 - recipe.train.val_fraction))))
     held_out = ", less those held out" if train.val_fraction else ""
-    epochs = f" ({train.epochs:g} epochs of {images.most} {samples} samples{held_out})" if train.epochs else ""
+    an_epoch = f"{images.most} {counted(samples, 'sample')}{held_out}"
+    epochs = f" ({train.epochs:g} epochs of {an_epoch})" if train.epochs else ""
     max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
+    steps = counted(train.steps, "step")
     yield _time(
-        f"training {train.steps} steps of {train.batch_size}{epochs} at {train.batch_size / seconds:.1f} images/s: ",
+        f"training {steps} of {train.batch_size}{epochs} at {train.batch_size / seconds:.1f} images/s: ",
         train.steps * seconds,
         device,
         max_processes,

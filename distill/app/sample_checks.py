@@ -8,6 +8,7 @@ from distill.app.image_survey import Images
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core.findings import Finding
+from distill.core.wording import counted
 from distill.data.photos import BadImageError
 
 TRIED = 5
@@ -21,7 +22,7 @@ def sample_findings(recipe: Recipe, images: Images) -> Iterator[Finding]:
         # At least one image is held out (maybe an idle one); how many more, hashes of their names decide.
         max_samples = per_image * (images.learnt - (train.val_fraction > 0 and images.count > 1 and not images.idle))
         if max_samples < train.batch_size:
-            described = f"{images.learnt} images" + " whose images.weight is above 0" * images.idle
+            described = counted(images.learnt, "image") + " whose images.weight is above 0" * images.idle
             yield Finding(
                 "bad",
                 f"train.batch_size = {train.batch_size}, but {described} make at most {max_samples} training samples",

@@ -7,6 +7,7 @@ from distill.app.commands import worker_meeting
 from distill.app.console import note, say, table
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
+from distill.core.wording import counted
 from distill.labelling.run_status import RunStatus, run_status
 
 SHOWN = 20
@@ -49,7 +50,7 @@ def show(recipe: Recipe) -> int:
         table("workers", ["worker", "state", "part", "since", "parts", "images/s", "spent", "taken away"], rows)
     if hidden := workers[len(shown) :]:
         hours = sum(worker.hours for worker in hidden)
-        note(f"  and {len(hidden)} more workers that ended or were killed: {hours:.2f} h in total")
+        note(f"  and {counted(len(hidden), 'more worker')} that ended or were killed: {hours:.2f} h in total")
     for part, count in status.deadly:
         note(f"  {part}: {count} workers were killed while labelling it, and it is still missing: see their logs")
     for holder in status.lost:
@@ -61,7 +62,8 @@ def sentence(now: RunStatus) -> str:
     """A run's state in one line."""
     about = "" if now.scanned else "about "
     words = [
-        f"{now.done} of {about}{now.parts} parts, {now.done_images:,} of {about}{now.images:,} images",
+        f"{now.done} of {about}{counted(now.parts, 'part')}, "
+        f"{now.done_images:,} of {about}{counted(now.images, 'image')}",
         f"{len(now.running)} running",
         f"{len(now.lost)} lost",
         f"{now.images_per_s:.3g} images/s",

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """ "1 image", "2 images"; plural: of a noun that does not take an s."""
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+    """ "1 image", "2,000 images"; plural: of a noun that does not take an s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def shortened(names: Sequence[str], most: int = 3) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from distill.core.files import PARTIAL, WriteError, file_sha256, publish, raising_write_errors, take_lock
+from distill.core.wording import counted
 from distill.data.storage import file_system
 from distill.shards.shards import MANIFEST, index_from_json
 from distill.shards.tables import CACHED, read_json, read_manifest
@@ -63,7 +64,7 @@ class Traffic:
     @property
     def sentence(self) -> str:
         """The facts in one line."""
-        line = f"labels: {_gb(self.limit)} of {_gb(self.size)} in {self.tars} tars are kept here"
+        line = f"labels: {_gb(self.limit)} of {_gb(self.size)} in {counted(self.tars, 'tar')} are kept here"
         if self.fits:
             return f"{line}; each tar is fetched once"
         return (

@@ -16,6 +16,7 @@ from typing import Any
 from distill.core.findings import Finding
 from distill.core.plugins import PluginError, find, names
 from distill.core.seal import is_broken
+from distill.core.wording import counted
 from distill.training import trainlog
 
 FEWEST = 10
@@ -51,7 +52,7 @@ def check_run(path: Path) -> list[Finding]:
     finite = [line for line in steps if line["loss"] is not None and line["grad_norm"] is not None]
     if len(finite) < FEWEST:
         findings.append(
-            Finding("warn", f"only {len(finite)} steps: too few to judge", "train longer and run this again")
+            Finding("warn", f"only {counted(len(finite), 'step')}: too few to judge", "train longer and run this again")
         )
     else:
         warmup = min(int(settings.get("warmup_steps", 0)), len(finite) // 2)
@@ -110,7 +111,7 @@ def _idle(lines: Sequence[Line]) -> list[Finding]:
     idle = [name for line in lines for name in line.get("without_gradient", [])]
     if not idle:
         return []
-    message = f"{len(idle)} parameters never get a gradient: {', '.join(idle[:3])}"
+    message = f"{counted(len(idle), 'parameter')} without a gradient: {', '.join(idle[:3])}"
     return [Finding("warn", message, "harmless for a mask token; otherwise the decoder does not use that part")]
 
 
@@ -190,7 +191,7 @@ def _waiting(steps: Sequence[Line], settings: Line) -> Finding:
     if not timed:
         return Finding("ok", "data wait: not logged")
     wait = sum(line["data_wait"] * line["seconds"] for line in timed) / sum(line["seconds"] for line in timed)
-    message = f"{wait:.1%} of the time is spent waiting for data ({settings.get('workers', '?')} workers)"
+    message = f"{wait:.1%} of the time is spent waiting for data (workers: {settings.get('workers', '?')})"
     if wait > 0.05:
         remedy = 'raise train.workers; keep the labels on a local disk; store them with labels.codec = "zst"'
         return Finding("bad" if wait > 0.3 else "warn", f"data wait: {message}", remedy)

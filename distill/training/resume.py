@@ -13,6 +13,7 @@ from torch import nn
 
 from distill.core import files, machine
 from distill.core.seal import sealed
+from distill.core.wording import counted
 from distill.training import checkpoints
 from distill.training.parallel import same_checkpoint
 from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
@@ -107,9 +108,9 @@ def _batchnorm_warning(run: TrainingRun) -> str:
         return ""
     seen = [settings.batch_size // (settings.accumulate * count) for count in (before, now)]
     return (
-        f"this run had {before} processes before and has {now} now: BatchNorm sees {seen[1]} images at once, not "
-        f"{seen[0]}, so results will differ; to avoid this, use the same number of processes, "
-        'student.norm = "group" or train.batchnorm = "frozen"'
+        f"this run had {counted(before, 'process', 'processes')} before and has {now} now: BatchNorm sees "
+        f"{counted(seen[1], 'image')} at once, not {seen[0]}, so results will differ; to avoid this, use the same "
+        'number of processes, student.norm = "group" or train.batchnorm = "frozen"'
     )
 
 
@@ -121,7 +122,7 @@ def check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
     changed = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
     differences = [f"{name} = {now[name]!r}, not {then.get(name)!r}" for name in changed]
     if run.facts["data"] != saved.state["data"]:
-        differences.append(f"other training data ({run.facts['samples']} samples, not {saved.state['samples']})")
+        differences.append(f"other training data (samples: {run.facts['samples']}, not {saved.state['samples']})")
     if run.facts["identity"] != saved.state["identity"]:
         differences.append("another recipe")
     if differences:

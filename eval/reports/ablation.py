@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.core.wording import counted
 from distill.core import files
 from distill.core.depth import Kind
 from distill.core.plugins import find
@@ -83,7 +84,7 @@ class Claim:
             return f"{ours.effect:+.1%} ({ours.why})"
         between = "beside" if self.bounded else "over"
         pair = f", {ours.pair[0]} {between} {ours.pair[1]}" if ours.pair[0] else ""
-        return f"{ours.effect:+.1%} [{ours.low:+.1%}, {ours.high:+.1%}] ({ours.seeds} seeds{pair})"
+        return f"{ours.effect:+.1%} [{ours.low:+.1%}, {ours.high:+.1%}] ({counted(ours.seeds, 'seed')}{pair})"
 
     @property
     def paper_text(self) -> str:
@@ -160,7 +161,7 @@ class Table:
         counts = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
         robust = sum(claim.survives for claim in self.claims)
         return (
-            f"{len(self.claims)} claims: {counts}. {robust} survive Holm’s correction for their number (family error "
+            f"{counted(len(self.claims), 'claim')}: {counts}. {robust} survive Holm’s correction for their number (family error "
             f"10 %). Equivalent: within {self.equivalence:.0%}."
         )
 
@@ -206,7 +207,7 @@ def joint_holm_line(tables: Sequence[Table]) -> str:
     survive = holm([claim.ours.p for claim in decided])
     count = sum(survives and claim.ours.word != UNDECIDED for claim, survives in zip(decided, survive, strict=True))
     names = ", ".join(table.name for table in tables)
-    return f"{names}: of {len(decided)} claims that were run {count} survive Holm’s correction for all of them."
+    return f"{names}: of {counted(len(decided), 'claim')} that were run {count} survive Holm’s correction for all of them."
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from distill.core.wording import counted
 from distill.eval.intervals import FEWEST, mean_interval, rank_marks
 from distill.eval.metrics import MetricRow
 from distill.eval.papers import PaperVerdict
@@ -70,12 +71,13 @@ def _metric_heads(rows: Mapping[str, MetricRow]) -> list[str]:
 
 
 def _number(value: float | None, row: MetricRow, rank: int = 0, score: Score | None = None) -> str:
+    failed = counted(score.num_failed, "image") if score else ""
     if value is None:
-        reason = f"{score.num_failed} images failed, so there is no mean" if score and score.num_failed else "no value"
+        reason = f"{failed} failed, so there is no mean" if score and score.num_failed else "no value"
         return f'<span class="none" title="{reason}">–</span>'
     text = row.format.format(value)
     if score is not None and score.partial:
-        text += f'<sup title="without the {score.num_failed} images that failed">−{score.num_failed}</sup>'
+        text += f'<sup title="without the {failed} that failed">−{score.num_failed}</sup>'
     return f'<span class="{("best", "second")[rank - 1]}">{text}</span>' if rank else text
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from distill.core.wording import counted
 from distill.core.printable import printable
 from distill.eval.intervals import FEWEST, distinguishable, mean_interval, rank_marks
 from distill.eval.reports import figures
@@ -160,7 +161,8 @@ def _ms(cost: Mapping[str, Any]) -> str:
 def _cell(score: Score, metric: str, mark: int) -> str:
     value, span = score.metrics.get(metric), mean_interval(score, metric)
     if value is None:
-        return f'<span class="none" title="{score.num_failed} images failed">–</span>'
+        failed = counted(score.num_failed, "image")
+        return f'<span class="none" title="{failed} failed">–</span>'
     number_format = score.task.rows[metric].format
     text = number_format.format(value)
     shown = f'<span class="{("best", "second")[mark - 1]}">{text}</span>' if mark else text

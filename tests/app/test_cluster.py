@@ -150,7 +150,7 @@ def test_actors_label_part_by_part_and_one_that_dies_has_another_in_its_place(tm
     assert fake.actors >= 3 and (outcome.complete, outcome.parts, outcome.images) == (True, 3, 6)
     assert labels(tmp_path, "ray") == labels(tmp_path, "one")
     told = capsys.readouterr()
-    assert "0 images in quarantine; 1 workers died" in told.err and f"{socket.gethostname()} node" in told.out
+    assert "0 images in quarantine; 1 worker died" in told.err and f"{socket.gethostname()} node" in told.out
     assert "6 samples in 3 tars" in told.out
 
 
@@ -201,5 +201,5 @@ def test_a_node_that_dies_on_a_ray_cluster(tmp_path, capsys):
         nodes.shutdown()
     assert killed and killed[0] < 12, "both worked, and not all was made"
     told = capsys.readouterr()
-    assert "1 workers died" in told.err and "images/s a worker" in told.out
+    assert "1 worker died" in told.err and "images/s a worker" in told.out
     assert labels(tmp_path, "ray") == labels(tmp_path, "one")

@@ -68,7 +68,7 @@ def test_a_good_recipe_gets_rates_times_and_disk(check, tmp_path):
     for line in (
         "7 images; parts to label: 1",
         "teacher analytic: weights",
-        "labelling at most 7 samples of 1 maps at",
+        "labelling at most 7 samples of 1 map at",
         "labels: 0.00 GB needed",
         "training 600 steps of 4 at",
         "CPU-hours; with processes 1: 0:",
@@ -209,7 +209,7 @@ def test_a_month_is_not_fine_and_a_random_encoder_is_said(check, monkeypatch):
     assert "100 steps of 4" in said["warn"] and "until 20" in said["warn"] and "fewer train.steps" in said["warn"]
     assert "test_vit begins with random weights" in said["warn"]
     said = check("train.steps=10000", "train.freeze_encoder=true")
-    assert "10000 steps of 4" in said["bad"] and "keeps them random" in said["bad"]
+    assert "10,000 steps of 4" in said["bad"] and "keeps them random" in said["bad"]
 
 
 def test_a_recipe_that_compares_is_not_judged_by_crops(tmp_path, capsys):

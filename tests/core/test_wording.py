@@ -6,7 +6,7 @@ from distill.core.wording import counted, did_you_mean, shortened
 
 
 def test_nouns_agree_with_their_number():
-    assert [counted(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [counted(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
     assert [counted(n, "study", "studies") for n in (1, 2)] == ["1 study", "2 studies"]
 
 

@@ -60,7 +60,7 @@ def test_what_lacks_its_image_or_its_depth_is_counted(name, tmp_path, capsys):
     index = find("distill.app.verbs", "index")
     index.run(argparse.Namespace(dataset=name, root=tmp_path, out=None))
     said = capsys.readouterr()
-    assert "1 images with depth in 1 groups (left out: 2 images without depth, 1 depth files without" in said.out
+    assert "1 image with depth in 1 group (left out: 2 images without depth, 1 depth file without" in said.out
     assert first.depth in said.err and second.rgb in said.err
 
 

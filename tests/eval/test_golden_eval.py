@@ -124,7 +124,7 @@ STRANGE = {
     "uint8": (0, "stored as uint8"),
     "uint16": (0, "stored as uint16"),
     "float16": (0, "stored as float16"),
-    "extra": (0, "1 .npy files belong to no image of the list"),
+    "extra": (0, "1 .npy file belongs to no image of the list"),
 }
 
 

@@ -101,7 +101,7 @@ def test_ours_is_within_or_outside(abs_rel, status):
     [
         ({"mode": "clean"}, LARGE, "scored by the clean protocol"),
         ({"alignment": "median"}, LARGE, "aligned differently: scale by medians in disparity"),
-        ({"images": (ImageScore("a", "", None, "x", True),)}, LARGE, "1 images failed"),
+        ({"images": (ImageScore("a", "", None, "x", True),)}, LARGE, "1 image failed"),
         ({}, "depth-anything/Depth-Anything-V2-Small", "no score of these weights"),
         ({}, "", "no score of these weights"),
         ({}, "weights/my_depth_anything_v2_vitl.pth", "no score of these weights"),

@@ -193,7 +193,7 @@ def test_negative_metric_depth_is_remarked_on(store):
 def test_extra_files_are_counted_and_an_empty_folder_is_an_error(store, tmp_path):
     np.save(store / "part/pred_77.npy", noisy(0))
     got = score(store, "affine_depth", samples(), CLEAN)
-    assert got.num_extra == 1 and got.problems() == ["1 .npy files belong to no image of the list"]
+    assert got.num_extra == 1 and got.problems() == ["1 .npy file belongs to no image of the list"]
     with pytest.raises(FileNotFoundError, match=r"holds none of the 5 predictions.*pred_00\.npy"):
         score(
             tmp_path, "affine_depth", [replace(s, prediction_path="x/" + s.prediction_path) for s in samples()], CLEAN

@@ -171,7 +171,7 @@ def test_a_parameter_without_gradient_is_named(tmp_path):
 
 def test_another_run_is_not_continued(tmp_path):
     run(tmp_path, steps=4)
-    with pytest.raises(ValueError, match=r"lr = 0.5, not 0.01; other training data \(16 samples, not 20\)"):
+    with pytest.raises(ValueError, match=r"lr = 0.5, not 0.01; other training data \(samples: 16, not 20\)"):
         run(tmp_path, steps=4, lr=0.5, dataset=Toys(18), val_fraction=0.2)
     state = checkpoints.folder_of(tmp_path, 4) / "state.json"
     table = json.loads(state.read_text())

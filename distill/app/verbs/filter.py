@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.console import note, progress, say, table
     from distill.app.filter_page import write_page
     from distill.app.filter_sources import open_sources
+    from distill.core.wording import counted
 
     shares = {"s_dist": 0.2, "s_grad": 0.2} | dict(map(filtering.worst, args.worst))
     rules = filtering.Rules(
@@ -87,5 +88,5 @@ def run(args: argparse.Namespace) -> int:
     for verdict in verdicts:
         path = f'"{args.out / verdict.source.name}.txt"'
         entry = f"{verdict.source.key} = {path}" if verdict.source.key else f"{path} (no recipe key takes these names)"
-        say(f"{entry}   {len(verdict.kept)} names")
+        say(f"{entry}   {counted(len(verdict.kept), 'name')}")
     return 0

@@ -19,16 +19,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import note, progress, say
     from distill.core.plugins import find
+    from distill.core.wording import counted
     from distill.data.datasets import FOLDER, _index
 
     facts = find(FOLDER, args.dataset).FACTS
     with progress(f"index {args.dataset} (groups)") as report:
         index = _index.write(args.dataset, args.root.expanduser(), args.out, report=report)
     published = f"; {facts.images:,} are published" if facts.images else ""
-    left_out = [f"{index.alone:,} images without depth"] if index.alone else []
-    left_out += [f"{index.spare:,} depth files without an image"] if index.spare else []
+    left_out = [f"{counted(index.alone, 'image')} without depth"] if index.alone else []
+    left_out += [f"{counted(index.spare, 'depth file')} without an image"] if index.spare else []
     left_out_note = f" (left out: {', '.join(left_out)})" if left_out else ""
-    say(f"{index.path}: {index.rows:,} images with depth in {index.groups:,} groups{left_out_note}{published}")
+    found = f"{counted(index.rows, 'image')} with depth in {counted(index.groups, 'group')}"
+    say(f"{index.path}: {found}{left_out_note}{published}")
     if index.resumed:
         note(f"{index.resumed} groups were indexed by an earlier call")
     if index.alone:

@@ -29,6 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from distill.app import publish
     from distill.app.console import note, progress, say
+    from distill.core.wording import counted
     from distill.students import checkpoint
 
     if args.what == "student":
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     sources = load(args.recipe, command="label") if args.recipe else None
     with progress("verify") as report:
         done = publish.publish_labels(Path(args.folder), args.out, images=args.images, sources=sources, report=report)
-    images = "images included" if done["images"] == "included" else f"{done['listed']} regions listed, no images"
-    say(f"{args.out}: {done['samples']} samples, {images}; hf upload OWNER/NAME {args.out} --repo-type dataset", **done)
+    listed = f"{counted(done['listed'], 'region')} listed, no images"
+    images = "images included" if done["images"] == "included" else listed
+    content = f"{counted(done['samples'], 'sample')}, {images}"
+    say(f"{args.out}: {content}; hf upload OWNER/NAME {args.out} --repo-type dataset", **done)
     return 0
