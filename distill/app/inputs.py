@@ -37,7 +37,7 @@ def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
         entries = scan.entries[:remaining]
         remaining -= len(entries)
         if entries:
-            limited.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected, scan.passed))))
+            limited.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected, scan.skipped))))
     return limited or shards  # without any image, the scans' rejected files say why
 
 

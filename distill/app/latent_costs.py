@@ -39,31 +39,31 @@ class StepCost:
         return 1.0 + sum(extra) / 2.0
 
     @property
-    def decoded(self) -> float:
+    def decoded_share(self) -> float:
         """The share of images whose map is decoded, to be compared as an image."""
         spec = self.recipe.latent
         compared = any(spec.image_weights) and self.recipe.student.head == "vae" and spec.method == "feed_forward"
         return float(compared) * (0.5 if spec.pseudo == "filter" else 1.0)
 
     @property
-    def learning(self) -> float:
+    def step_flops(self) -> float:
         """FLOPs of a step whose latents are already encoded. A backward pass costs two forward passes, and
         checkpointing adds one forward pass; the VAE is frozen, so its backward pass costs only one.
         """
         runs = 4.0 if self.recipe.train.gradient_checkpointing else 3.0
-        per_image = self.unet.flops * self.passes * runs + self.vae.decode * self.decoded * 2.0
+        per_image = self.unet.flops * self.passes * runs + self.vae.decode * self.decoded_share * 2.0
         return per_image * self.recipe.train.batch_size
 
-    def encoding(self, samples: int) -> float:
+    def encoding_flops(self, samples: int) -> float:
         """FLOPs of encoding the images and maps of `samples` samples."""
         return 2.0 * self.vae.encode * samples
 
-    def run(self, steps: int, samples: int) -> float:
+    def run_flops(self, steps: int, samples: int) -> float:
         """FLOPs of a run; a cache encodes each of the `samples` once, and once more mirrored."""
         train = self.recipe.train
         num_drawn = steps * train.batch_size
         num_distinct = samples * (2 if train.hflip else 1)
-        return steps * self.learning + self.encoding(
+        return steps * self.step_flops + self.encoding_flops(
             min(num_drawn, num_distinct) if self.recipe.latent.cache else num_drawn
         )
 
@@ -77,7 +77,7 @@ class StepCost:
         copies = 4.0 + bool(train.ema) + (processes > 1) + (0.5 if train.precision == "bf16" else 0.0)
         fixed = 4.0 * (self.unet.parameters * copies + self.vae.parameters)
         images = max(1, train.batch_size // (train.accumulate * processes))
-        per_image = self.unet.saved * self.passes + self.vae.saved * self.decoded
+        per_image = self.unet.saved * self.passes + self.vae.saved * self.decoded_share
         return fixed, images * (per_image + self.unet.inside)
 
 
@@ -101,7 +101,7 @@ def cost_findings(
         f"memory of the network, its gradients, Adam's moments{ema}: {fixed / 1e9:.2f} GB, and about "
         f"{activations / 1e9:.2f} GB for a micro-batch of {recipe.train.batch_size // recipe.train.accumulate}",
     )
-    rate = (step.learning + step.encoding(recipe.train.batch_size)) / seconds
+    rate = (step.step_flops + step.encoding_flops(recipe.train.batch_size)) / seconds
     vae = _unet_costs.stable_diffusion_vae()
     decoders = {pixels: _unet_costs.vae_cost(vae, pixels) for pixels in PIXELS}
     for name in _unet_costs.SIZES:
@@ -120,7 +120,7 @@ def _cost(recipe: Recipe, unet: object, side: int) -> UNetCost:
 
 def _line(step: StepCost, pixels: int, rate: float, samples: int) -> str:
     train = step.recipe.train
-    hours = step.run(train.steps, samples) / rate / 3600.0
+    hours = step.run_flops(train.steps, samples) / rate / 3600.0
     parts = []
     for processes in PROCESSES:
         fixed, activations = step.memory(processes)

@@ -18,7 +18,7 @@ def scan_table(scan: Scan) -> dict[str, list[Any]]:
             [entry.key, entry.origin, *entry.load.args[1]] for entry in scan.entries if isinstance(entry.load, partial)
         ],
         "rejected": [[bad.origin, bad.key, bad.reason] for bad in scan.rejected],
-        "passed": [list(count) for count in scan.passed],
+        "passed": [list(count) for count in scan.skipped],
     }
 
 

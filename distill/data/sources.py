@@ -80,13 +80,13 @@ class Rejected:
 class Scan:
     """The content of a shard, in a fixed order, and what was rejected or skipped without being read.
 
-    passed: the number of skipped files (captions, videos, system metadata) by suffix, sorted. Every file found is in
-    exactly one of entries, rejected and passed.
+    skipped: the number of skipped files (captions, videos, system metadata) by suffix, sorted. Every file found is in
+    exactly one of entries, rejected and skipped.
     """
 
     entries: tuple[Entry, ...]
     rejected: tuple[Rejected, ...] = ()
-    passed: tuple[tuple[str, int], ...] = ()
+    skipped: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ def _scan_tar(path: Path | str) -> Scan:
     members: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
     keys: set[str] = set()
     rejected: list[Rejected] = []
-    passed: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     tar = PurePosixPath(str(path)).name
     if isinstance(path, Path) and (reason := photos.not_a_file(path)):
         return Scan((), (Rejected(tar, "", f"{path}: {reason}"),))
@@ -191,7 +191,7 @@ def _scan_tar(path: Path | str) -> Scan:
                 continue
             ours = filetypes.is_photo(member.name) or filetypes.refusal(member.name) or not pure.name
             if not problem and (filetypes.field_suffix(member.name) or not ours):
-                passed[filetypes.skip_category(member.name)] += 1
+                skipped[filetypes.skip_category(member.name)] += 1
                 continue
             name, origin = str(pure), f"{tar}:{printable(member.name.removeprefix('./'))}"
             key = safe_key(str(pure.with_suffix("")) if pure.name else name)
@@ -209,10 +209,10 @@ def _scan_tar(path: Path | str) -> Scan:
             raise OSError(f"{path} cannot be read: {error}; run again when it is reachable") from error
         rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
     if not members and not rejected:
-        content = f", but {filetypes.summarize_counts(passed)}" if passed else ""
+        content = f", but {filetypes.summarize_counts(skipped)}" if skipped else ""
         rejected.append(Rejected(tar, "", f"the tar holds no images{content}"))
     entries = [tar_entry(path, key, origin, tuple(copies)) for key, origin, copies in members.values()]
-    return Scan(tuple(entries), tuple(rejected), tuple(sorted(passed.items())))
+    return Scan(tuple(entries), tuple(rejected), tuple(sorted(skipped.items())))
 
 
 def tar_entry(path: Path | str, key: str, origin: str, copies: tuple[tuple[int, int], ...]) -> Entry:
@@ -268,7 +268,7 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
     """
     candidates: list[tuple[Path, str, Path]] = []  # searched folder, name in it, file
     rejected: list[Rejected] = []
-    passed: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     for path in _paths(patterns, "folder or photo"):
         if not path.is_dir():
             candidates.append((path.parent, path.name, path))
@@ -276,17 +276,17 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         for file in files_below(path):
             inside = file.relative_to(path).as_posix()
             name, refused = f"{path.name}/{printable(inside)}", filetypes.refusal(inside)
-            skipped = not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused)
-            if filetypes.field_suffix(inside) or skipped:
-                passed[filetypes.skip_category(inside)] += 1
+            is_other = not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused)
+            if filetypes.field_suffix(inside) or is_other:
+                skipped[filetypes.skip_category(inside)] += 1
             elif reason := refused or photos.not_a_file(file):
                 rejected.append(Rejected(name, safe_key(file.stem), reason))
             else:
                 candidates.append((path, inside, file))
     files = photos.unique_names(candidates)
     if not files:
-        details = f"; there are {filetypes.summarize_counts(passed)}" if passed else ""
-        details += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in passed else ""
+        details = f"; there are {filetypes.summarize_counts(skipped)}" if skipped else ""
+        details += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in skipped else ""
         details += f"; {rejected[0].origin}: {rejected[0].reason}" if rejected else ""
         raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)}){details}")
     names = sorted(files)
@@ -298,7 +298,7 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         Entry(key, name, partial(photos.load_file, files[name], key, name), (files[name], 0, _size(files[name])))
         for key, name in zip(keys, names, strict=True)
     ]
-    return in_shards(safe_key(min(folder_names)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
+    return in_shards(safe_key(min(folder_names)), str(files[names[0]].parent), entries, per_shard, rejected, skipped)
 
 
 def _size(path: Path) -> int:
@@ -313,13 +313,13 @@ def in_shards(
     entries: Sequence[Entry],
     per_shard: int,
     rejected: Sequence[Rejected] = (),
-    passed: Mapping[str, int] | None = None,
+    skipped: Mapping[str, int] | None = None,
 ) -> list[InputShard]:
-    """Input shards of `per_shard` entries each, stem_000000, ...; the first one carries `rejected` and `passed`."""
+    """Input shards of `per_shard` entries each, stem_000000, ...; the first one carries `rejected` and `skipped`."""
     if per_shard < 1:
         raise ValueError(f"per_shard must be at least 1, not {per_shard}")
     runs = [tuple(entries[i : i + per_shard]) for i in range(0, len(entries), per_shard)]
-    first = (tuple(rejected), tuple(sorted((passed or {}).items())))
+    first = (tuple(rejected), tuple(sorted((skipped or {}).items())))
     scans = [partial(Scan, run, *(first if i == 0 else ())) for i, run in enumerate(runs)]
     return [InputShard(f"{stem}_{i:06d}", origin, scan) for i, scan in enumerate(scans)]
 

@@ -21,14 +21,14 @@ PHOTOS, VIDEOS = filetypes.PHOTOS, filetypes.FILMS
 class Survey:
     """The files found: read + refused + other files = found.
 
-    jobs: photos and videos to predict. refused: "path: reason" of pictures in a format that is not read. passed: the
+    jobs: photos and videos to predict. refused: "path: reason" of pictures in a format that is not read. skipped: the
     number of other files, by suffix. Files made by this command in the output folder are left out. notes: lines on how
     inputs were interpreted.
     """
 
     jobs: list[PredictionJob]
     refused: list[str]
-    passed: Counter[str]
+    skipped: Counter[str]
     notes: tuple[str, ...] = ()
 
 
@@ -46,7 +46,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     outputs = Outputs(out)
     photos: dict[Path, str] = {}
     refused: dict[str, None] = {}
-    passed: dict[Path, str] = {}
+    skipped: dict[Path, str] = {}
     for argument in inputs:
         if not argument.strip():
             raise ValueError(f"{argument!r} names no photo; give files, folders or globs (. is this folder)")
@@ -58,10 +58,12 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             elif reason := _list_of(file, argument) or filetypes.refusal(name):
                 refused[f"{file}: {reason}"] = None
             else:
-                passed[file.absolute()] = filetypes.skip_category(name)
+                skipped[file.absolute()] = filetypes.skip_category(name)
         if not any(stem for _, stem, _ in candidates):
             only_outputs = f" but what this command made in {out}" if any(stem for _, stem, _ in files) else ""
-            others = f"; there are {filetypes.summarize_counts(passed.values())}" if passed and not only_outputs else ""
+            others = (
+                f"; there are {filetypes.summarize_counts(skipped.values())}" if skipped and not only_outputs else ""
+            )
             others += "".join(f"; {line}" for line in list(refused)[:2])
             if not files and not Path(argument).expanduser().exists():
                 pattern = set(argument) & set("*?[") or _NUMBER.search(argument)
@@ -79,16 +81,16 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             refused[f"{file}: {reason}"] = None
             continue
         resolved = file.resolve()
-        passed.pop(file, None)
+        skipped.pop(file, None)
         if resolved in chosen:
-            passed[file] = "linked twice"
+            skipped[file] = "linked twice"
         if resolved not in chosen or chosen[resolved].is_symlink():
             chosen[resolved] = file
     jobs = [PredictionJob(path, outputs.stem(path, photos[file])) for path, file in chosen.items()]
     notes = [
         _SEQUENCE.format(argument) for argument in inputs if _NUMBER.search(argument) and not Path(argument).exists()
     ]
-    return Survey(jobs, list(refused), Counter(passed.values()), tuple(notes))
+    return Survey(jobs, list(refused), Counter(skipped.values()), tuple(notes))
 
 
 _LISTS = (".txt", ".lst", ".csv")

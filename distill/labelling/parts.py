@@ -32,7 +32,7 @@ class Part:
     of: int
     entries: tuple[Entry, ...]
     rejected: tuple[Rejected, ...]
-    passed: tuple[tuple[str, int], ...] = ()
+    skipped: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
     """The parts of a shard: at least one, which without entries writes no tar, only a json with the reasons."""
     scan = shard.scan()
     runs = [scan.entries[i : i + images_per_part] for i in range(0, len(scan.entries), images_per_part)] or [()]
-    first = (scan.rejected, scan.passed)
+    first = (scan.rejected, scan.skipped)
     return [Part(shard, i, len(runs), run, *(first if i == 0 else ((), ()))) for i, run in enumerate(runs)]
 
 
@@ -90,7 +90,7 @@ def describe(
         "quarantine": quarantine,
         "kinds": {name: sorted(values) for name, values in contents.kinds.items()},
         **({"bridge_dropped": contents.dropped} if contents.dropped else {}),
-        **({"passed": dict(part.passed)} if part.passed else {}),
+        **({"passed": dict(part.skipped)} if part.skipped else {}),
     }
     files.write_bytes((out / part.name).with_suffix(".json"), dump_json(sealed(sidecar)), suffix=suffix)
 

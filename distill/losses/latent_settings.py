@@ -14,7 +14,7 @@ STEPS = 1000
 """DDPM's noise levels, 0 to 999."""
 
 
-UNSEEN = ("cache", "cache_folder", "watch_prior")
+_NEUTRAL = ("cache", "cache_folder", "watch_prior")
 """Settings that change no number of a run."""
 
 
@@ -129,4 +129,4 @@ class LatentSettings:
     @property
     def content(self) -> dict[str, Any]:
         """The settings that change the numbers of a run."""
-        return {key: value for key, value in asdict(self).items() if key not in UNSEEN}
+        return {key: value for key, value in asdict(self).items() if key not in _NEUTRAL}

@@ -103,7 +103,7 @@ class _HeldOut:
 class StreamSamples(Dataset[Any]):
     """The samples at stream positions; for a sample that cannot be read, the error that says why.
 
-    learning: with the labels of the chosen teacher only, and with new draws at every visit; else with all labels.
+    training: with the labels of the chosen teacher only, and with new draws at every visit; else with all labels.
     coded: with maps as undecoded codes, from a dataset that stores codes.
     """
 
@@ -112,11 +112,11 @@ class StreamSamples(Dataset[Any]):
         dataset: Labelled,
         settings: TrainSettings,
         *,
-        learning: bool,
+        training: bool,
         coded: bool = False,
         features: FeatureStore | None = None,
     ) -> None:
-        self.dataset, self.settings, self.learning, self.features = dataset, settings, learning, features
+        self.dataset, self.settings, self.training, self.features = dataset, settings, training, features
         self.more: dict[str, Any] = {"coded": True} if coded else {}
 
     def __getitem__(self, place: SamplePosition) -> Item | Exception:
@@ -124,13 +124,13 @@ class StreamSamples(Dataset[Any]):
         try:
             among = shares_among(self.dataset.teachers_of(place.index), s)
             teacher, to_read = "", list(among)
-            if self.learning:
+            if self.training:
                 teacher = s.strategy
                 if s.strategy == "select":
                     teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
                     to_read = [teacher]
             visit, options = None, dict(self.more)
-            if self.learning:
+            if self.training:
                 visit = place.position
                 if s.patches_per_step and getattr(self.dataset, "stores_codes", False):
                     options["patches"] = partial(choose_patches, s.patches_per_step, s.seed, place.position)
@@ -144,7 +144,7 @@ class StreamSamples(Dataset[Any]):
                     name: convert_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()
                 }
                 sample = replace(sample, labels=converted)
-            draw = draw_of(place.position, s) if self.learning else None
+            draw = draw_of(place.position, s) if self.training else None
             features = None
             if self.features is not None:
                 features = self.features.get(sample.key, mirrored=draw is not None and draw.mirrored)
@@ -289,7 +289,7 @@ def training_batches(
     Raises what `check_teachers` raises, before anything is read.
     """
     check_teachers(dataset, micro_batches.order.indices, settings)
-    samples, make = StreamSamples(dataset, settings, learning=True, features=features), _Training(collate, settings)
+    samples, make = StreamSamples(dataset, settings, training=True, features=features), _Training(collate, settings)
     return loader_of(samples, micro_batches, make, readers_of(samples, micro_batches, make, settings.workers))
 
 
@@ -309,5 +309,5 @@ def heldout_batches(
     own = places[process::processes]
     if not own:
         return iter(())
-    samples, make = StreamSamples(dataset, settings, learning=False, features=features), _HeldOut(collate, settings)
+    samples, make = StreamSamples(dataset, settings, training=False, features=features), _HeldOut(collate, settings)
     return loader_of(samples, own, make, readers_of(samples, own, make, min(settings.workers, len(own))))

@@ -114,7 +114,7 @@ def stored_batches(
     features: FeatureStore | None = None,
 ) -> Generator[MicroBatch, None, None]:
     """This process's micro-batches on the device, in order; the next one is copied while a step runs."""
-    samples = StreamSamples(dataset, settings, learning=True, coded=True, features=features)
+    samples = StreamSamples(dataset, settings, training=True, coded=True, features=features)
     cuda, collate = device.type == "cuda", collate_stored
     readers = readers_of(samples, positions, collate, settings.workers, measured=cuda)
     if not cuda:

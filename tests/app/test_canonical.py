@@ -114,7 +114,7 @@ def test_predictions_are_metres_of_the_camera_that_is_said(tmp_path):
     dataset, settings = build.training_labels(recipe), build.train_settings(recipe)
     record = dataset[0].record
     assert record["crop"]["focal"] == pytest.approx(36 * 48 / 40)
-    item = StreamSamples(dataset, settings, learning=True)[SamplePosition(0, 0)]
+    item = StreamSamples(dataset, settings, training=True)[SamplePosition(0, 0)]
     metres, learnt = (one.labels["truth"].shared.values for one in (dataset[0], item.sample))
     torch.testing.assert_close(learnt, metres * (50.0 / record["crop"]["focal"]))
 

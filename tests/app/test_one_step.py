@@ -219,10 +219,10 @@ def test_memory_is_of_all_that_a_step_holds(made, small_sizes):
     assert cost(train={"ema": 0.9, "precision": "bf16"}).memory(1)[0] == 5.5 * weights + frozen
     images = {"image_mse": 1.0, "trajectory": 0.0, "pseudo": "off"}
     assert cost(latent=images).memory(1)[1] == 16 * (plain.saved + cost().vae.saved) > 16 * plain.saved
-    assert cost(latent=images).learning > cost(latent=images | {"image_mse": 0.0}).learning
+    assert cost(latent=images).step_flops > cost(latent=images | {"image_mse": 0.0}).step_flops
     cached, anew = cost(), cost(latent={"cache": False})
-    assert cached.learning == 16 * plain.flops * 2 * 3
-    assert anew.run(10, 20) - cached.run(10, 20) == pytest.approx(2 * cached.vae.encode * (160 - 20))
+    assert cached.step_flops == 16 * plain.flops * 2 * 3
+    assert anew.run_flops(10, 20) - cached.run_flops(10, 20) == pytest.approx(2 * cached.vae.encode * (160 - 20))
 
 
 def test_what_passes_keep_is_what_autograd_saves(small_sizes):

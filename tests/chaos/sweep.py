@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.chaos.trial import trial
 
-TOLD = (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError)
+REPORTED = (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError)
 """Errors that the command line reports in a line; anything else is a traceback."""
 BAD = ("traceback", "hang", "crash", "wrong")
 MEMORY = 24 << 30  # of address space: torch maps several GB that it never touches
@@ -46,7 +46,7 @@ class Counts:
 def sweep(counts: Counts, items: Sequence[tuple[str, Any]], judge: Callable[[Any], object], *, limit: int = 20) -> None:
     """Call `judge` on the item of each (name, item) in a child process, with `limit` seconds for each.
 
-    judge: returns if the item is accepted, raises WrongError if it is accepted wrongly, and one of TOLD if refused.
+    judge: returns if the item is accepted, raises WrongError if it is accepted wrongly, and one of REPORTED if refused.
     """
     done = 0
     while done < len(items):
@@ -82,7 +82,7 @@ def _judged(item: Any, judge: Callable[[Any], object]) -> tuple[str, str]:
         return "wrong", str(error)
     except _HungError:
         return "hang", ""
-    except TOLD as error:
+    except REPORTED as error:
         return ("told", "") if str(error) or isinstance(error, MemoryError) else ("traceback", repr(error))
     except Exception:  # noqa: BLE001, these are the faults to find
         return "traceback", traceback.format_exc()

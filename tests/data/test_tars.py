@@ -70,7 +70,7 @@ def test_damaged_tar_gives_every_good_image_and_a_reason_for_the_rest(tmp_path):
         "..\\up.jpg": "its path climbs out of the archiv",
         "sa_13.jpg": "not a plain file (a link or a dev",
     }
-    assert scan.passed == ((".json", 1), (".txt", 1)), "neither good nor bad: not ours"
+    assert scan.skipped == ((".json", 1), (".txt", 1)), "neither good nor bad: not ours"
     assert not list(tmp_path.parent.glob("escape*"))
 
 
@@ -334,7 +334,7 @@ def test_a_folder_is_its_tars_and_other_fields_of_a_sample_are_no_photos(tmp_pat
     (tmp_path / "a_stats.json").touch()
     scans = [shard.scan() for shard in sources.tars(tmp_path)]
     assert [entry.key for scan in scans for entry in scan.entries] == ["1", "2_rgb", "3"]
-    assert dict(scans[0].passed) == {".depth.png": 1, ".mask.png": 1}
+    assert dict(scans[0].skipped) == {".depth.png": 1, ".mask.png": 1}
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match=r"none: no .tar in this folder"):
         sources.tars(tmp_path / "none")
@@ -351,9 +351,9 @@ def test_a_folder_of_photos_has_no_other_fields_of_a_sample_either(tmp_path):
         (tmp_path / name).write_bytes(data)
     (scan,) = [shard.scan() for shard in sources.folders(tmp_path)]
     assert [entry.key for entry in scan.entries] == ["1"] and not scan.rejected
-    assert dict(scan.passed) == {".depth.png": 1, ".depth.exr": 1}, "a folder is read as a tar of it"
+    assert dict(scan.skipped) == {".depth.png": 1, ".depth.exr": 1}, "a folder is read as a tar of it"
     found = survey([str(tmp_path)], out=tmp_path / "out")
-    assert [job.path.name for job in found.jobs] == ["1.jpg"] and found.passed[".depth.png"] == 1
+    assert [job.path.name for job in found.jobs] == ["1.jpg"] and found.skipped[".depth.png"] == 1
     (by_name,) = survey([str(tmp_path / "1.depth.png")], out=tmp_path / "out").jobs
     assert by_name.path.name == "1.depth.png", "whoever names it means it"
 

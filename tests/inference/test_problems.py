@@ -178,7 +178,7 @@ def test_read_and_refused_and_not_ours_are_all_that_was_found(tmp_path):
     found = predict.survey([str(photos)], out=tmp_path / "o")
     assert [job.stem for job in found.jobs] == ["a", "b"]
     assert [line.split(": ")[0].rsplit("/", 1)[1] for line in found.refused] == ["raw.NEF", "x.jxl"]
-    assert found.passed == {".txt": 2, "of the system (._*, .DS_Store, Thumbs.db)": 4}
+    assert found.skipped == {".txt": 2, "of the system (._*, .DS_Store, Thumbs.db)": 4}
     for job in found.jobs:
         job.path.unlink()
     with pytest.raises(FileNotFoundError, match=r"no photo or video there.*2 \.txt.*raw\.NEF: a camera raw"):
@@ -196,7 +196,7 @@ def test_links_are_followed_once_counted_and_never_name_the_map(tmp_path):
     (photos / "itself.png").symlink_to(photos / "itself.png")
     os.mkfifo(photos / "pipe.png")
     found = predict.survey([str(photos), str(photos / "b.png")], out=tmp_path / "o")
-    assert [job.stem for job in found.jobs] == ["b", "far/c"] and found.passed == {"linked twice": 1}
+    assert [job.stem for job in found.jobs] == ["b", "far/c"] and found.skipped == {"linked twice": 1}
     assert [line.rsplit("/", 1)[1].split(":")[0] for line in found.refused] == ["dead.png", "itself.png", "pipe.png"]
     scan = sources.folders(photos)[0].scan()
     assert len(scan.entries) == 3 and len(scan.rejected) == 3

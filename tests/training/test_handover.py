@@ -50,7 +50,7 @@ def same(ours, theirs):
 def test_the_same_bits(labels, room):
     """In more batches than there are slots; where none has room they go the usual way."""
     positions = positions_of(labels)
-    samples, seen, handover = StreamSamples(labels, SETTINGS, learning=True, coded=True), [], Handover(2, room)
+    samples, seen, handover = StreamSamples(labels, SETTINGS, training=True, coded=True), [], Handover(2, room)
     given = loader_of(samples, positions, Giving(collate_stored, handover), Readers(2))
 
     def watched():
@@ -70,7 +70,7 @@ def test_the_same_bits(labels, room):
 @pytest.mark.parametrize("close", ["generator", "handover"])
 def test_processes_that_wait_for_a_slot_end_with_the_run(labels, close):
     """At once: whoever lets go of the batches first, and with no batch that nobody takes."""
-    samples, handover = StreamSamples(labels, SETTINGS, learning=True, coded=True), Handover(2, 1 << 20)
+    samples, handover = StreamSamples(labels, SETTINGS, training=True, coded=True), Handover(2, 1 << 20)
     giving = Giving(collate_stored, handover)
     batches = loader_of(samples, positions_of(labels), giving, Readers(2), end=handover.end)
     with handover.held():
@@ -89,7 +89,7 @@ def test_processes_that_wait_for_a_slot_end_with_the_run(labels, close):
 
 def test_an_error_ends_the_processes_at_once(labels):
     """That wait for a slot too, and though the error holds the frame that held them."""
-    samples, handover = StreamSamples(labels, SETTINGS, learning=True, coded=True), Handover(2, 1 << 20)
+    samples, handover = StreamSamples(labels, SETTINGS, training=True, coded=True), Handover(2, 1 << 20)
 
     class OneBroken:
         def __getitem__(self, place):
@@ -181,7 +181,7 @@ def test_pages_are_locked_while_the_first_batch_is_read(monkeypatch, labels, bat
     monkeypatch.setattr(torch.cuda, "synchronize", card.synchronize)
     monkeypatch.setattr(torch, "ones", lambda *size, device: None)
     slots = [handover.slot(reader, number).data_ptr() for number in range(SLOTS) for reader in range(2)]
-    samples, before = StreamSamples(labels, SETTINGS, learning=True, coded=True), []
+    samples, before = StreamSamples(labels, SETTINGS, training=True, coded=True), []
 
     def started():
         handover.lock(torch.device("cuda", 0), batches)
@@ -217,7 +217,7 @@ def test_slots_are_taken_where_shared_memory_allows(monkeypatch, labels):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert handover_for(2, 10_000) is None
     monkeypatch.undo()
-    samples, positions = StreamSamples(labels, SETTINGS, learning=True, coded=True), positions_of(labels)
+    samples, positions = StreamSamples(labels, SETTINGS, training=True, coded=True), positions_of(labels)
     size = sum(x.nbytes for x in packed(collate_stored([samples[p] for p in next(iter(positions))]))[1])
     assert readers_of(samples, positions, collate_stored, 2, measured=True).size == size > 0
     assert readers_of(samples, positions, collate_stored, 0, measured=True) == Readers(0)

@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     outcome.problems[:0] = survey.refused
     if outcome.problems:
         fail("\n".join(outcome.problems))
-    if survey.passed:
-        note(f"ignored: {filetypes.summarize_counts(survey.passed)}")
+    if survey.skipped:
+        note(f"ignored: {filetypes.summarize_counts(survey.skipped)}")
     present = f", {outcome.present} already there" if outcome.present else ""
     failed = f", {len(outcome.problems)} could not be used" if outcome.problems else ""
     say(

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill.losses.kernels.digits import added, columns, zeros
-from distill.losses.kernels.keys import WIDTH, Cut, cut_of, label_of, own, spread, table, word
+from distill.losses.kernels.keys import WIDTH, Cut, cut_of, in_context, label_of, spread, table, word
 from distill.losses.kernels.launch import Launcher
 from distill.losses.kernels.select import CHUNK, CROWDED, ROWS, WHOLE, ContextStatistics, context_statistics, tile_of
 
@@ -100,7 +100,7 @@ def _earliest(
     for c in tl.static_range(NUMBER):
         each = firsts[c]
         if c >= START and c < START + LEVEL:
-            mine = tl.where(own(share, inside, c - START, LEVEL, FINEST), at, NEVER)
+            mine = tl.where(in_context(share, inside, c - START, LEVEL, FINEST), at, NEVER)
             each = tl.minimum(each, tl.min(tl.reshape(mine, [mine.shape[0] // WIDTH, WIDTH]), 0))
         out = out + (each,)  # type: ignore[assignment]
     return out

@@ -17,10 +17,10 @@ from distill.losses.kernels.keys import (
     bin_of,
     fold_greatest,
     fold_least,
+    in_context,
     key_value,
     label_of,
     order_key,
-    own,
     per_unit_of,
     spread,
     table,
@@ -125,7 +125,7 @@ def added(
     for c in tl.static_range(NUMBER):
         each = sums[c]
         if c >= START and c < START + LEVEL:
-            each += columns(tl.where(own(share, inside, c - START, LEVEL, FINEST), values, 0.0), WIDTH)
+            each += columns(tl.where(in_context(share, inside, c - START, LEVEL, FINEST), values, 0.0), WIDTH)
         out = out + (each,)  # type: ignore[assignment]
     return out
 

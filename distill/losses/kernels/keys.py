@@ -110,17 +110,17 @@ def spread(numbers, share, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.
 
 
 @triton.jit
-def own(share, inside, k: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexpr):
+def in_context(share, inside, k: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexpr):
     """Whether the pixels count and lie in context k of a level. share: NaN where they do not count."""
     if LEVEL == 1:
-        mine = inside
+        member = inside
     elif k == 0:
-        mine = share < FINEST // LEVEL
+        member = share < FINEST // LEVEL
     elif k == LEVEL - 1:
-        mine = share >= k * (FINEST // LEVEL)
+        member = share >= k * (FINEST // LEVEL)
     else:
-        mine = (share >= k * (FINEST // LEVEL)) & (share < (k + 1) * (FINEST // LEVEL))
-    return mine
+        member = (share >= k * (FINEST // LEVEL)) & (share < (k + 1) * (FINEST // LEVEL))
+    return member
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def per_unit_of(units, least, greatest):
 
 
 @triton.jit
-def meet(counter):
+def grid_barrier(counter):
     """Grid-wide barrier: waits for all programs, which must run concurrently; then the writes of each are visible."""
     tl.debug_barrier()
     programs = tl.num_programs(0)

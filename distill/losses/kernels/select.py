@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill.losses.kernels.digits import BITS, DONE, FIRST_BINS, STATE, count_first, count_next
-from distill.losses.kernels.keys import HEADER, WIDTH, Cut, meet, order_key, tile
+from distill.losses.kernels.keys import HEADER, WIDTH, Cut, grid_barrier, order_key, tile
 from distill.losses.kernels.launch import Launcher
 from distill.losses.kernels.picks import moments, pick_first, pick_next
 
@@ -212,7 +212,7 @@ def _select(
                 WIDTH, CHUNK
             )  # fmt: skip
             if step + 1 < STOP:
-                meet(scratch)
+                grid_barrier(scratch)
 
 
 @dataclass(frozen=True)
