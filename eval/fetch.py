@@ -11,7 +11,6 @@ by an earlier download. Marigold's host publishes none; the computed one is reco
 
 from __future__ import annotations
 
-import errno
 import http.client
 import json
 import os
@@ -214,7 +213,7 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
                     report(round(done / 1e6), round((total or done) / 1e6), bytes_per_s=speed)
             os.fsync(file.fileno())
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in files.DISK_FULL:
                 raise
             raise OSError(f"{part}: the disk is full; make room, then rerun the same command to resume") from error
     if total is not None and done > total:

@@ -54,13 +54,17 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The errnos of a full disk, or of a used up quota: nothing more can be written."""
+
+
 class WriteError(OSError):
     """A file or folder that cannot be written; `filename` is the target, `strerror` the reason."""
 
     def __str__(self) -> str:
         return (
             f"cannot write {self.filename}: {self.strerror}. What was finished is kept; fix this and rerun the same "
-            "command again"
+            "command"
         )
 
 
@@ -252,7 +256,8 @@ def writing_folder(path: Path) -> Iterator[Path]:
         new.rename(path)
         sync(path.parent)
     except BaseException as error:
-        shutil.rmtree(new, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            clean(path)  # between its two renames `path` would be missing
         if isinstance(error, OSError) and error.errno is not None:  # otherwise it is the block's own message
             raise write_error(path, error) from error
         raise

@@ -11,7 +11,6 @@ moving range, or it would flicker.
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -125,10 +124,6 @@ def read(path: str | Path) -> Tensor:
     return decode(Path(path).read_bytes())
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Where no map can be written any more: the inputs that follow would be predicted for nothing."""
-
-
 @dataclass
 class PredictOutcome:
     """Result of a call: inputs written now, inputs already present, and "path: reason" of those that failed."""
@@ -182,7 +177,7 @@ def _run(
         except (BadImageError, OSError, MemoryError, RuntimeError) as error:
             if not (problem := _problem(job, error)):
                 raise
-            is_full = isinstance(error, OSError) and error.errno in _FULL
+            is_full = isinstance(error, OSError) and error.errno in files.DISK_FULL  # the rest would be in vain
             untried = f"; the {len(jobs) - done - 1} after it were not tried: make room and rerun" if is_full else ""
             outcome.problems.append(problem + untried)
             if is_full:

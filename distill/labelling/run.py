@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -126,13 +126,15 @@ def label(
             manifest = _existing_manifest(out)
         parts = _own_parts(shards, part_sizes(shards, crops, labels), rank, world)
         todo = [part for part in parts if not is_done(out, part, teachers, manifest=manifest, tell=tell)]
-        tally = Tally(sum(len(p.entries) for p in parts), sum(len(p.entries) for p in parts if p not in todo), report)
+        total, missing = (sum(len(part.entries) for part in group) for group in (parts, todo))
+        tally = Tally(total, total - missing, report)
         with thread_pools(max(1, labels.threads), device) as pools:
             for part in todo:
                 work = PartSettings(
                     teachers, crops, labels, seed, device, asked_about(part.shard, teachers), pools.stopping
                 )
-                pools.close(label_part(out, part, work, tally, pools).finish)
+                opened = label_part(out, part, work, tally, pools)
+                opened.submit(pools, opened.finish)
         with mutex(out):
             about = made_by(recipe, machine)
             complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo), tell=tell)
@@ -316,6 +318,14 @@ class OpenPart:
             )
             if writer.index:
                 writer.publish()
+
+    def submit(self, pools: ThreadPools, finish: Callable[[], None]) -> None:
+        """Run `finish` in the pools; where the part before failed, raise its error and remove this partial tar."""
+        try:
+            pools.close(finish)
+        except BaseException:
+            with self.writer:
+                raise
 
 
 def label_part(out: Path, part: Part, work: PartSettings, tally: Tally, pools: ThreadPools) -> OpenPart:

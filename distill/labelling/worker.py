@@ -387,11 +387,10 @@ def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: PartSett
         finally:
             tally.busy += time.monotonic() - begun
         try:
-            pools.close(partial(worker.close, opened, place, claim))
+            opened.submit(pools, partial(worker.close, opened, place, claim))
         except BaseException:  # an error of the previous part
             claim.release()
-            with opened.writer:
-                raise
+            raise
         lines = tuple(line_of(rejected) for rejected in opened.quarantine)
         yield MadePart(place.name, tally.images - before[0], tally.samples - before[1], lines)
 

@@ -14,7 +14,6 @@ its sha256 would need the whole tar.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import time
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from distill.core.files import PARTIAL, WriteError, file_sha256, publish, raising_write_errors, take_lock
+from distill.core.files import DISK_FULL, PARTIAL, WriteError, file_sha256, publish, raising_write_errors, take_lock
 from distill.core.wording import counted
 from distill.data.storage import file_system
 from distill.shards.shards import MANIFEST, index_from_json
@@ -31,7 +30,6 @@ from distill.shards.tables import CACHED, read_json, read_manifest
 
 IDLE_S = 120.0
 """Seconds after which the partial file of a killed process is removed, if no process holds its lock. Ours."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _gb(size: float) -> str:
@@ -179,7 +177,7 @@ class TarCache:
                     return
                 last_error = None
             except OSError as error:
-                if error.errno in _FULL:
+                if error.errno in DISK_FULL:
                     raise WriteError(error.errno, error.strerror, str(self.folder / name)) from error
                 last_error = error
         if last_error is not None:

@@ -16,10 +16,9 @@ Shapes: B regions, C channels of the encoder, h, w its token grid.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from distill.core import files
 from distill.core.division import unit_range
 from distill.core.progress import Report
 from distill.shards.codec import VERSION
+from distill.shards.handles import OpenTars
 from distill.shards.shards import ShardWriter, members_of, read_json, shard_index
 
 DONE = "features.json"
@@ -116,10 +116,7 @@ class FeatureStore:
                 raise OSError(f"{path} is missing or damaged; {REPAIR_FEATURES}")
             for key, start, size in shard_index(path):
                 self.places[key] = (tar["name"], start, size)
-        self._open: dict[str, IO[bytes]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        self._open_tars = OpenTars(folder)
 
     def get(self, key: str, *, mirrored: bool = False) -> Features:
         """Four (patch map (C,h,w), class token (C,)) pairs, float16, of a sample or of its mirror image."""
@@ -128,10 +125,7 @@ class FeatureStore:
             raise LookupError(f"{self.folder} has no features of {name}; {REPAIR_FEATURES}")
         tar, start, size = self.places[name]
         where = f"{self.folder / tar}:{name}"
-        file = self._open.get(tar)
-        if file is None:
-            file = self._open[tar] = (self.folder / tar).open("rb", buffering=0)
-        members = members_of(os.pread(file.fileno(), size, start), where)
+        members = members_of(self._open_tars.read(tar, start, size), where, remedy=REPAIR_FEATURES)
         try:
             patches, tokens = (
                 torch.from_numpy(np.load(io.BytesIO(members[part]), allow_pickle=False))

@@ -30,12 +30,13 @@ import numpy as np
 import webdataset
 from torch.utils.data import Dataset
 
-from distill.core import files, machine
+from distill.core import files
 from distill.core.progress import Report
 from distill.core.seal import is_broken
 from distill.data.tars import walk_tar
 from distill.shards.codec import REPAIR, Sample, decode_sample, disagreements
 from distill.shards.codec import collate as collate
+from distill.shards.handles import OpenTars
 from distill.shards.tables import CACHED, pointer_line, require_photographs
 from distill.shards.tables import MANIFEST as MANIFEST
 from distill.shards.tables import SETTINGS as SETTINGS
@@ -181,13 +182,16 @@ def index_from_headers(path: Path) -> list[tuple[str, int, int]]:
     return [(key, start, end - start) for key, (start, end) in extents.items()]
 
 
-def members_of(blob: bytes, where: str) -> dict[str, bytes]:
-    """Return the members of one sample from its bytes in the tar, by the part of their name after the key."""
+def members_of(blob: bytes, where: str, *, remedy: str = REPAIR) -> dict[str, bytes]:
+    """Return the members of one sample from its bytes in the tar, by the part of their name after the key.
+
+    Raises OSError that names `where` and the remedy for damaged bytes.
+    """
     try:
         with tarfile.open(fileobj=io.BytesIO(blob + bytes(1024)), mode="r:") as tar:
             return {m.name.split(".", 1)[-1]: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
     except tarfile.TarError as error:
-        raise OSError(f"{where} is damaged ({error}); {REPAIR}") from error
+        raise OSError(f"{where} is damaged ({error}); {remedy}") from error
 
 
 class TarReader(Protocol):
@@ -208,11 +212,9 @@ class LabelDataset(Dataset[Sample]):
     folder: as `labelling.run` wrote it. teachers: those to decode (None: all). keys: image or sample keys to keep
     (None: all). cache: reads the tars, if the folder does not have all of them. `keys`, `image_keys` and `sources`
     (the number of the [[images]] table) have an item per sample; `duplicates` counts samples left out because an
-    earlier tar has their key. Can be forked or pickled to DataLoader workers; each process opens the tars itself.
+    earlier tar has their key. Can be forked or pickled to DataLoader workers.
     Raises FileNotFoundError, OSError, ValueError or LookupError, naming the file, for a folder that cannot be read.
     """
-
-    _MAX_OPEN = 64  # tars, but at most a quarter of the files that may be open
 
     def __init__(
         self,
@@ -250,7 +252,7 @@ class LabelDataset(Dataset[Sample]):
         self.image_keys = [key.rsplit("-", 1)[0] for key in self.keys]
         self.sources = [int(self.manifest["shards"][tar].get("image_source", 0)) for tar, _, _ in locations]
         self._places = np.array(locations, dtype=np.int64)
-        self._open: dict[str, IO[bytes]] = {}
+        self._open_tars = OpenTars(self.folder)
 
     def _checked(self, shard: Mapping[str, Any]) -> Path:
         path = self.folder / shard["name"]
@@ -267,9 +269,6 @@ class LabelDataset(Dataset[Sample]):
                 "delete it and run distill label again"
             )
         return path
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -300,23 +299,10 @@ class LabelDataset(Dataset[Sample]):
         tar, start, size = self._places[index]
         name = self.tars[tar]
         where = f"{self.folder / name}:{self.keys[index]}"
-        if self.cache is not None:
-            blob = self.cache.read(name, int(start), int(size))
-        else:
-            # pread does not move the file's position, so forked workers may share the handle.
-            blob = os.pread(self._handle(name).fileno(), int(size), int(start))
+        blob = (self.cache or self._open_tars).read(name, int(start), int(size))
         if len(blob) != size:
             raise OSError(f"{where} is damaged: the tar ends too early; {REPAIR}")
         return decode_sample(members_of(blob, where), where=where, teachers=teachers, patches=patches, coded=coded)
-
-    def _handle(self, name: str) -> IO[bytes]:
-        file = self._open.get(name)
-        if file is None:
-            if len(self._open) >= min(self._MAX_OPEN, (machine.open_files() or 1 << 20) // 4):
-                # Dropped rather than closed: another thread may be reading from it.
-                self._open.pop(next(iter(self._open)), None)
-            file = self._open[name] = (self.folder / name).open("rb", buffering=0)
-        return file
 
 
 # --- verification -----------------------------------------------------------------------------------------------------

@@ -112,6 +112,23 @@ def test_a_folder_takes_the_place_of_another_and_what_a_kill_left_goes(tmp_path)
     assert names(tmp_path) == ["s"] and names(tmp_path / "s") == ["after"]
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_a_folder_that_cannot_take_its_place_leaves_the_other_there(tmp_path, monkeypatch, error):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "old").touch()
+    rename = Path.rename
+
+    def second_fails(path, target):
+        if path.name.endswith(files.PARTIAL):
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(type(error)), files.writing_folder(tmp_path / "s") as new:
+        (new / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["s"] and (tmp_path / "s" / "old").is_file()
+
+
 def test_the_name_that_was_meant():
     path = Path("a/b.mp4")
     left = [new.name for new in files.leftovers(path)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.core import files
 from distill.data import sources
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.shards import shards
@@ -199,6 +200,17 @@ def test_a_full_disk_loses_nothing_finished(tars, tmp_path, monkeypatch):
     assert sorted(contents(tmp_path / "out")) == ["sa_0-000.json", "sa_0-000.tar", "settings.json"]
     run(tars, tmp_path / "out")
     assert contents(tmp_path / "out") == whole
+
+
+def test_a_part_that_cannot_be_finished_leaves_no_partial_tar_of_the_next(tars, tmp_path, monkeypatch):
+    def finish(part):
+        with part.writer:
+            raise OSError("no more")
+
+    monkeypatch.setattr("distill.labelling.run.OpenPart.finish", finish)
+    with pytest.raises(OSError, match="no more"):
+        run(tars, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob(f"*{files.PARTIAL}*"))
 
 
 def test_a_tar_whose_tail_goes_bad_costs_its_tail_alone(tars, tmp_path):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from distill.core.depth import Kind, KindError
 from distill.shards.codec import decode_sample, encode_sample
+from distill.shards.handles import OpenTars
 from distill.shards.shards import (
     LabelDataset,
     ShardWriter,
@@ -116,10 +117,10 @@ def test_many_tars_need_few_handles(folder, monkeypatch):
             manifest["shards"].append(writer.close())
             writer.publish()
     write_manifest(folder, manifest)
-    monkeypatch.setattr(LabelDataset, "_MAX_OPEN", 2)
+    monkeypatch.setattr(OpenTars, "most", 2)
     dataset = LabelDataset(folder)
     assert [dataset[i].key for i in (6, 0, 5, 1, 4, 3, 6)] == [dataset.keys[i] for i in (6, 0, 5, 1, 4, 3, 6)]
-    assert len(dataset._open) == 2
+    assert len(dataset._open_tars._open) == 2
 
 
 def test_workers_give_the_same_batches(folder):

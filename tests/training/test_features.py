@@ -11,6 +11,7 @@ from distill import students
 from distill.app import build, commands, features
 from distill.app.recipe import load
 from distill.shards.features import DONE, FeatureStore, write_features
+from distill.shards.handles import OpenTars
 from distill.training.settings import TrainSettings
 from distill.training.trainlog import read
 
@@ -108,6 +109,21 @@ def test_a_tar_that_is_missing_is_computed_again_and_what_float16_cannot_hold_is
     write()
     (tmp_path / "features_00000.tar").unlink()  # as a kill between a json and its tar leaves it
     assert write().get("b")[0][0].shape == (3, 2, 2)
+
+
+def test_many_tars_need_few_open_files_and_damage_has_its_own_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.shards.features.PER_TAR", 1)
+    monkeypatch.setattr(OpenTars, "most", 2)
+    level = torch.ones(1, 2, 2, 2), torch.ones(1, 2)
+    region = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    keys = ["a", "b", "c", "d"]
+    write_features(tmp_path, keys, lambda index: region, lambda images: [level] * 4, mirrored=False, facts={})
+    store = FeatureStore(tmp_path)
+    assert all(store.get(key)[0][0].shape == (2, 2, 2) for key in keys + keys)
+    assert len(store._open_tars._open) == 2
+    (tmp_path / "features_00001.tar").write_bytes(b"x" * (tmp_path / "features_00001.tar").stat().st_size)
+    with pytest.raises(OSError, match=r"features_00001.tar:b is damaged \(.*\); delete its folder: the next training"):
+        FeatureStore(tmp_path).get("b")
 
 
 def test_augmentation_that_changes_what_the_encoder_sees_forbids_it():

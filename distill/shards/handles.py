@@ -1,0 +1,33 @@
+"""Tars that are read again and again: a limited number stays open, in each process its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from distill.core import machine
+
+
+class OpenTars:
+    """The tars of a folder, read by byte ranges. Can be forked or pickled to data workers."""
+
+    most = 64  # open tars, but at most a quarter of the files that may be open
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[str, IO[bytes]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def read(self, name: str, start: int, size: int) -> bytes:
+        """At most `size` bytes of the tar `name` from `start` on; fewer where it ends before. Raises OSError."""
+        file = self._open.get(name)
+        if file is None:
+            if len(self._open) >= min(self.most, (machine.open_files() or 1 << 20) // 4):
+                # Dropped rather than closed: another thread may be reading from it.
+                self._open.pop(next(iter(self._open)), None)
+            file = self._open[name] = (self.folder / name).open("rb", buffering=0)
+        # pread does not move the file's position, so forked workers may share the handle.
+        return os.pread(file.fileno(), size, start)
