@@ -17,9 +17,9 @@ from types import ModuleType
 
 import numpy as np
 
-from distill.core.wording import counted
 from distill.core.findings import Finding
 from distill.core.plugins import find
+from distill.core.wording import counted
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.benchmarks._files import FileLayout, Files, Rows, locate, rows_found, rows_of_list
 from distill.eval.protocol import Protocol, list_hash
@@ -90,7 +90,8 @@ def _unfinished(root: Path, layout: FileLayout) -> list[Finding]:
 def _count(protocol: Protocol, keys: Sequence[str], *, listed: Path | str | None) -> Finding:
     """Whether these are the images of the published list."""
     if not protocol.num_images:
-        return Finding("ok" if keys else "bad", f"{counted(len(keys), 'image')}; there is no published list to compare with")
+        line = f"{counted(len(keys), 'image')}; there is no published list to compare with"
+        return Finding("ok" if keys else "bad", line)
     digest = list_hash(keys)
     if len(keys) == protocol.num_images and digest == protocol.list_sha256:
         return Finding("ok", f"{len(keys)} of the {len(keys)} images of the published list (sha256 {digest[:12]}...)")

@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.core.wording import counted
 from distill.core.plugins import find, names
+from distill.core.wording import counted
 from distill.eval.scorefile import Score
 
 _FILE = Path(__file__).with_name("papers.toml")

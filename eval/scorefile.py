@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.core.wording import counted
 from distill.core import files
 from distill.core.depth import Kind
+from distill.core.wording import counted
 from distill.eval.protocol import Protocol, from_dict
 from distill.eval.tasks import TASKS, Task
 
@@ -98,7 +98,8 @@ class Score:
         marked = sorted((image for image in self.images if image.problem), key=lambda image: not image.failed)
         lines = [f"{image.key}: {image.problem}" for image in marked]
         if self.num_extra:
-            lines.append(f"{counted(self.num_extra, '.npy file')} {'belongs' if self.num_extra == 1 else 'belong'} to no image of the list")
+            verb = "belongs" if self.num_extra == 1 else "belong"
+            lines.append(f"{counted(self.num_extra, '.npy file')} {verb} to no image of the list")
         return [self.left_out, *lines] if self.left_out else lines
 
     @property

@@ -88,7 +88,7 @@ def delta1(run: Run, samples: Sequence[BenchmarkSample], protocol: Protocol, kin
 
 
 def calibration(labels: str | Path) -> list[Tensor]:
-    """Crops (3,S,S) uint8 of a labels folder, at most MOST, evenly spread; raises LabelDataset's errors."""
+    """Crops (3,S,S) uint8 of a labels folder, at most MAX_IMAGES, evenly spread; raises LabelDataset's errors."""
     dataset = LabelDataset(labels)
     return [dataset.get(i, []).image for i in _spread(len(dataset))]
 

@@ -156,12 +156,17 @@ def set_key(table: dict[str, Any], assignment: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
-    *parents, last = path.strip().split(".")
+    set_value(table, path.strip(), value, where="--set ")
+
+
+def set_value(table: dict[str, Any], path: str, value: Any, *, where: str) -> None:
+    """Writes a value at the key path `a.b.0.c` of a nested table. Raises RecipeError, beginning with `where`."""
+    *parents, last = path.split(".")
     node: Any = table
     for i, part in enumerate(parents):
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise RecipeError(f"--set {path}: {'.'.join(parents[:i])} has {len(node)} entries, numbered from 0")
+                raise RecipeError(f"{where}{path}: {'.'.join(parents[:i])} has {len(node)} entries, numbered from 0")
             node = node[int(part)]
         elif isinstance(node, dict):
             node = node.setdefault(part, {})
@@ -170,7 +175,7 @@ def set_key(table: dict[str, Any], assignment: str) -> None:
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise RecipeError(f"--set {path}: {'.'.join(parents)} is not a table")
+        raise RecipeError(f"{where}{path}: {'.'.join(parents)} is not a table")
 
 
 def parse_into(

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.app.recipe import Recipe, as_table, parse, trusted
-from distill.app.strict import parse_into, read_toml, set_key
+from distill.app.strict import parse_into, read_toml, set_key, set_value
 from distill.core.plugins import file_hashes
 from distill.eval.metrics import METRICS
 from distill.eval.tasks import TASKS
@@ -189,8 +189,10 @@ class Study:
         names = [row.name for row in self.all_rows()]
         referenced = [p.row for p in self.paper] + [r for o in self.orderings for r in (*o.first, *o.second)]
         unknown = sorted({row for row in referenced if row not in names})
-        if unknown or len(set(names)) < len(names):
+        if unknown:
             raise ValueError(f"no row {', '.join(unknown)}; the rows are {', '.join(names)}")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"rows named twice: {', '.join(repeated)}; give each its own name")
         shown = list(dict.fromkeys(column.measure for column in (*self.bench.columns, *self.full.columns)))
         if missing := [metric for o in self.orderings for metric in o.metrics if metric not in shown]:
             raise ValueError(f"no column shows {', '.join(missing)}; columns show {', '.join(shown)}")
@@ -244,7 +246,8 @@ def cells(
             table = copy.deepcopy(base)
             version_set = row.full if version == "full" else row.bench
             for key, value in {**chosen.set, **row.set, **version_set, chosen.seed_key: seed}.items():
-                set_value(table, key, value.replace("{seed}", str(seed)) if isinstance(value, str) else value)
+                value = value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+                set_value(table, key, value, where=f"{path}, row {row.name}: ")
             for assignment in overrides:
                 set_key(table, assignment)
             table["run"] |= {"name": f"{study.name}: {row.name}, seed {seed}", "out": ""}
@@ -258,18 +261,6 @@ def cells(
 
 def _merged(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for table in tables for key, value in table.items()}
-
-
-def set_value(table: dict[str, Any], path: str, value: Any) -> None:
-    """Writes a value at the key path `a.b.0.c` of a nested table."""
-    *parents, last = path.split(".")
-    node: Any = table
-    for part in parents:
-        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-    if isinstance(node, list):
-        node[int(last)] = value
-    else:
-        node[last] = value
 
 
 def _address(recipe: Recipe) -> str:

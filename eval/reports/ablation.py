@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from distill.core.wording import counted
 from distill.core import files
 from distill.core.depth import Kind
 from distill.core.plugins import find
+from distill.core.wording import counted
 from distill.eval.labels import LabelQuality
 from distill.eval.reports import figures, page
 from distill.eval.reports.gallery import UNREADABLE, aligned
@@ -161,8 +161,8 @@ class Table:
         counts = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
         robust = sum(claim.survives for claim in self.claims)
         return (
-            f"{counted(len(self.claims), 'claim')}: {counts}. {robust} survive Holm’s correction for their number (family error "
-            f"10 %). Equivalent: within {self.equivalence:.0%}."
+            f"{counted(len(self.claims), 'claim')}: {counts}. {robust} survive Holm’s correction for their number "
+            f"(family error 10 %). Equivalent: within {self.equivalence:.0%}."
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -207,7 +207,9 @@ def joint_holm_line(tables: Sequence[Table]) -> str:
     survive = holm([claim.ours.p for claim in decided])
     count = sum(survives and claim.ours.word != UNDECIDED for claim, survives in zip(decided, survive, strict=True))
     names = ", ".join(table.name for table in tables)
-    return f"{names}: of {counted(len(decided), 'claim')} that were run {count} survive Holm’s correction for all of them."
+    return (
+        f"{names}: of {counted(len(decided), 'claim')} that were run {count} survive Holm’s correction for all of them."
+    )
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from distill.core.wording import counted
 from distill.core.printable import printable
+from distill.core.wording import counted
 from distill.eval.intervals import FEWEST, distinguishable, mean_interval, rank_marks
 from distill.eval.reports import figures
 from distill.eval.reports.page import digits, missing, name, short, table

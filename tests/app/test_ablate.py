@@ -62,6 +62,14 @@ def test_a_row_has_the_last_word_and_the_command_line_behind_it(tiny):
         assert {cell.recipe.loss.normalization for cell in made} == expected
 
 
+def test_a_key_that_a_recipe_cannot_take_is_a_line(tiny):
+    study = read_study(tiny)
+    for key, line in (("images.7.size", "images has 1 entries"), ("run.name.x", "run.name is not a table")):
+        bench = replace(study.bench, set={**study.bench.set, key: 1})
+        with pytest.raises(RecipeError, match=rf"tiny.toml, row global: {key}: {line}"):
+            cells(replace(study, bench=bench), tiny, "bench", Path("out"), [])
+
+
 def test_tables_share_their_equal_cells(tmp_path):
     folder = STUDIES[0].parent
     one, two = (
@@ -238,6 +246,8 @@ def test_faults_of_a_study_are_lines(tiny, tmp_path):
     for old, new, message in (
         ('first = ["global"]', 'first = ["globa"]', "no row globa; the rows are global, none"),
         ('kind = "better"', 'kind = "nicer"', "kind must be one of"),
+        ('values = ["global", "none"]', 'values = ["none", "none"]', "no row global; the rows are none, none"),
+        ('values = ["global", "none"]', 'values = ["global", "none", "none"]', "rows named twice: none; give each its"),
         ('values = ["global", "none"]', "", "an axis needs a key with values, or choices"),
         ("seeds = [0, 1]", "seed = [0, 1]", "unknown key bench.seed; did you mean bench.seeds?"),
         (
