@@ -240,5 +240,7 @@ def test_what_a_newcomer_reads_stays_short():
 @pytest.mark.parametrize("name", ["speed", "evidence", "chaos"])
 def test_every_script_beside_the_tests_can_be_imported(name):
     """No test runs these scripts: without this, renamed imports would break documented commands unnoticed."""
-    for path in sorted((ROOT / "tests" / name).glob("[!_]*.py")):
+    paths = sorted((ROOT / "tests" / name).glob("[!_]*.py"))
+    assert paths
+    for path in paths:
         importlib.import_module(f"tests.{name}.{path.stem}")
