@@ -145,7 +145,7 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
             headers["If-Range"] = note["version"]
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
-            start, total = _response_range(url, answer, received)
+            start, total = _response_range(url, answer)
             if start and note.get("total") not in (None, total):
                 _discard(part)
                 raise DownloadCutError(f"{url}: the file on the host has changed; starting again")
@@ -171,7 +171,7 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
         ) from error
 
 
-def _response_range(url: str, answer: Any, have: int) -> tuple[int, int | None]:
+def _response_range(url: str, answer: Any) -> tuple[int, int | None]:
     """The offset at which this response starts, and the length of the file (None if the host does not state it)."""
     if answer.headers.get_content_type() == "text/html":
         raise OSError(f"{url}: the host answered with a web page instead of the archive; open it in a browser")

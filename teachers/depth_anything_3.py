@@ -24,6 +24,7 @@ from torch import Tensor
 
 from distill.core import crops
 from distill.core.depth import DepthMap, Kind
+from distill.core.weights import ANY
 from distill.teachers import (
     Card,
     WeightsMismatchError,
@@ -185,7 +186,7 @@ class Teacher:
         weights_key: the table to read in a trainer's file, such as "model_ema" (core.weights.read_state).
         """
         path = resolve(weights, files=FILES)
-        file = find_weights(path, ("model.safetensors", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin"))
+        file = find_weights(path, ANY)
         config = read_config(file.parent / "config.json")
         state = read_state(file, weights_key=weights_key)
         if not any("da3_metric." in key for key in state):  # nested: two networks, which _layout rejects

@@ -79,7 +79,7 @@ def write_contact(
     sections.append(("quarantine", "Quarantine", _quarantine(manifest["quarantine"])))
     sections.append(("teachers", "Teachers", _teachers(manifest["teachers"])))
     path = out or folder / "contact.html"
-    html = page(f"Labels {folder.name}", _facts(folder, manifest, stats, len(dataset)), sections, what="Contact sheet")
+    html = page(f"Labels {folder.name}", _facts(folder, manifest, len(dataset)), sections, what="Contact sheet")
     files.write_text(path, html)
     return path
 
@@ -245,7 +245,7 @@ def _teachers(cards: Mapping[str, Mapping[str, Any]]) -> str:
     return table(["teacher", *columns], rows)
 
 
-def _facts(folder: Path, manifest: Mapping[str, Any], seen: Sequence[_Seen], samples: int) -> str:
+def _facts(folder: Path, manifest: Mapping[str, Any], samples: int) -> str:
     size = sum(shard["bytes"] for shard in manifest["shards"])
     settings = manifest.get("settings", {})
     return pairs(

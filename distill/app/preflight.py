@@ -67,7 +67,7 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
     teachers: Any = None
     if recipe.teachers and not any(subject.startswith("teacher ") for subject in missing):
         teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky))
-        findings += _about_teachers(recipe, teachers or [])
+        findings += _about_teachers(teachers or [])
     if only:
         findings += _about_benchmarks(recipe, findings) if only == "score" else []
         return _worst_last(findings)
@@ -148,7 +148,7 @@ def _about_images(recipe: Recipe, images: Images, *, crops: bool) -> Iterator[Fi
         yield from sample_findings(recipe, images)
 
 
-def _about_teachers(recipe: Recipe, teachers: Any) -> Iterator[Finding]:
+def _about_teachers(teachers: Any) -> Iterator[Finding]:
     for name, teacher in teachers:
         card = getattr(teacher, "card", None)
         if teacher == TRUTH or card is None:

@@ -79,7 +79,6 @@ class Pair:
     offset: float = 0.0
     invalid_values: tuple[float, ...] = ()
     invalid_from: float = float("inf")
-    trust: str = ""
     dataset: str = ""
     photo: str = ""
     focal: float = 0.0
@@ -368,7 +367,6 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
         offset=offset,
         invalid_values=values,
         invalid_from=bounds,
-        trust=row.get("trust", ""),
         dataset=row.get("dataset", ""),
         photo=row["rgb"],
         focal=cells.focal(row.get("focal", "")),

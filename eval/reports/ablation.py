@@ -350,14 +350,14 @@ def _pictures(table: Table) -> str:
     for label, name, root, listed in table.benchmarks:
         try:
             samples = list(find("distill.eval.benchmarks", name).samples(root or None, listed or None))
-            shown = _strips(table, label, name, samples)
+            shown = _strips(table, label, samples)
         except UNREADABLE as error:
             shown = page.missing(f"No pictures of {label}: {error}")
         parts.append(f"<h3>{escape(label)}</h3>{shown}")
     return "".join(parts)
 
 
-def _strips(table: Table, label: str, name: str, samples: Sequence[Any]) -> str:
+def _strips(table: Table, label: str, samples: Sequence[Any]) -> str:
     cells = [(row.name, row.folders[0]) for row in table.rows if row.folders]
     scored = [
         (row, f, read_scores(f / "scores" / f"{label}--student.json"))

@@ -56,7 +56,7 @@ def gallery(comparison: ModelComparison, samples: Sequence[BenchmarkSample], fol
 def _strip(view: ImageView, image: Mapping[str, Any]) -> str:
     aligned = _aligned(view)
     spread = _spread(aligned, view)
-    box = _busiest(spread, view)
+    box = _busiest(spread)
     photo = (view.image[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     reference = view.maps[view.reference]
     near, far = _ends(reference.values[0].numpy(), reference.valid[0].numpy())
@@ -129,7 +129,7 @@ def _ends(values: np.ndarray, valid: np.ndarray) -> tuple[float, float]:
     return float(high), float(low)
 
 
-def _busiest(spread: np.ndarray, view: ImageView) -> tuple[int, int, int]:
+def _busiest(spread: np.ndarray) -> tuple[int, int, int]:
     """(top, left, side) of the square with the most disagreement."""
     side = max(8, round(ZOOM * min(spread.shape)))
     side = min(side, *spread.shape)
