@@ -22,7 +22,8 @@ MOST_NAMES = 1_000_000
 def expand(pattern: str) -> list[str]:
     """Expand `sa_{000..017}.tar` to every name and `{a,b}` to both; braces may be nested and repeated.
 
-    Raises ValueError for a pattern of more than MOST_NAMES names, before they are all in memory.
+    Raises ValueError for a pattern of more than MOST_NAMES names, before they are all in memory, and for a range that
+    counts down.
     """
     names = list(islice(_expanded(pattern), MOST_NAMES + 1))
     if len(names) > MOST_NAMES:
@@ -38,6 +39,8 @@ def _expanded(pattern: str) -> Iterator[str]:
     span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", braces[1])
     options: Iterable[str] = braces[1].split(",")
     if span:
+        if int(span[1]) > int(span[2]):
+            raise ValueError(f"{pattern}: {{{braces[1]}}} counts down: write the smaller number first")
         options = (str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1))
     for option in options:
         yield from _expanded(pattern[: braces.start()] + option + pattern[braces.end() :])

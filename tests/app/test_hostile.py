@@ -95,6 +95,10 @@ def test_a_pattern_of_too_many_names_is_refused_before_they_are_there(monkeypatc
         with pytest.raises(ValueError, match="more than 1,000 names"):
             expand(pattern)
     assert expand("a_{08..10}{x,y}") == [f"a_{n}{c}" for n in ("08", "09", "10") for c in "xy"]
+    for pattern in ("a_{5..3}.tar", "{x,y}_{5..3}.tar"):  # beside another pattern it would be left out without a word
+        with pytest.raises(ValueError, match=r"_\{5..3\}.tar: \{5..3\} counts down"):
+            expand(pattern)
+    assert expand("a_{5..5}.tar") == ["a_5.tar"]
 
 
 @pytest.mark.parametrize(
