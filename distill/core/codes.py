@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind, KindError, least_known
-from distill.core.labels import Labels, Supervision
+from distill.core.labels import Labels, Supervision, stack_boxes
 from distill.core.trial import DifferentResultError, failure
 
 INVALID = 0
@@ -140,8 +140,7 @@ def stack(labels: Sequence[CodedLabels]) -> CodedLabels:
     if max_patches == 0:
         return CodedLabels(shared, None, torch.zeros(len(labels), 0, 4), supervision)
     template = next(region.local for region in labels if region.local is not None and len(region.local))
-    whole_box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    maps, boxes = [], []
+    maps = []
     for region, count in zip(labels, counts, strict=True):
         if region.local is not None and count:
             maps.append(_as(region.local, kind))
@@ -149,9 +148,8 @@ def stack(labels: Sequence[CodedLabels]) -> CodedLabels:
             blank = (torch.zeros((max_patches - count, *x.shape[1:]), dtype=x.dtype) for x in template.tensors)
             codes, low, high, valid_counts = blank
             maps.append(CodedMaps(codes, low, high, valid_counts, template.codec, kind))
-        padding_box = region.boxes[0, :1] if count else whole_box
-        boxes.append(torch.cat([region.boxes[0], padding_box.expand(max_patches - count, 4)]))
-    return CodedLabels(shared, join(maps), torch.stack(boxes), supervision)
+    boxes = stack_boxes([region.boxes for region in labels], max_patches)
+    return CodedLabels(shared, join(maps), boxes, supervision)
 
 
 def _as(maps: CodedMaps, kind: Kind) -> CodedMaps:

@@ -5,6 +5,7 @@ Shapes: B regions, N patches per region, S region size, P patch size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,6 +82,13 @@ class Labels:
         """Convert the labels to another kind; raises distill.core.depth.KindError where that is impossible."""
         local = None if self.local is None else self.local.convert(kind)
         return replace(self, shared=self.shared.convert(kind), local=local)
+
+
+def stack_boxes(boxes: Sequence[Tensor], count: int) -> Tensor:
+    """(B,count,4) from each region's boxes (1,n,4), padded by its first one; by the whole region where it has none."""
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    rows = [torch.cat([own, (own[:1] if len(own) else whole).expand(count - len(own), 4)]) for (own,) in boxes]
+    return torch.stack(rows)
 
 
 @dataclass(frozen=True, slots=True)

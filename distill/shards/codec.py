@@ -26,7 +26,7 @@ from torch import Tensor
 from distill.core.codes import LAST, CodedLabels, CodedMaps
 from distill.core.depth import DepthMap, Kind, cat, least_known
 from distill.core.division import unit_range
-from distill.core.labels import DENSE, Batch, Labels, Supervision
+from distill.core.labels import DENSE, Batch, Labels, Supervision, stack_boxes
 from distill.shards.codecs import CODECS as CODECS
 from distill.shards.codecs import DEFAULT_CODEC as DEFAULT_CODEC
 from distill.shards.codecs import MAX_ERROR as MAX_ERROR
@@ -65,20 +65,25 @@ def collate(samples: Sequence[Sample]) -> Batch:
     If a teacher's kinds differ in what is known (measured and rendered truth), the batch has the least known one.
     Raises ValueError if teachers or sizes differ between samples, KindError if depth and disparity are mixed.
     """
-    names = list(samples[0].labels)
-    for sample in samples:
-        if sorted(sample.labels) != sorted(names) or sample.image.shape != samples[0].image.shape:
-            raise ValueError(
-                f"{sample.key} and {samples[0].key} do not go into one batch: they have labels by "
-                f"{', '.join(sample.labels)} and {', '.join(names)}, sizes {tuple(sample.image.shape)} and "
-                f"{tuple(samples[0].image.shape)}"
-            )
+    names = common_teachers(samples, [sample.labels for sample in samples])
     images = unit_range(torch.stack([sample.image for sample in samples]))
     return Batch(
         tuple(sample.key for sample in samples),
         images,
         {name: _stack([sample.labels[name] for sample in samples]) for name in names},
     )
+
+
+def common_teachers(samples: Sequence[Sample], labels: Sequence[Mapping[str, object]]) -> list[str]:
+    """The teachers whose `labels` every one of the samples has; ValueError if teachers or sizes of images differ."""
+    names, shape = list(labels[0]), samples[0].image.shape
+    for sample, own in zip(samples, labels, strict=True):
+        if sorted(own) != sorted(names) or sample.image.shape != shape:
+            raise ValueError(
+                f"{sample.key} and {samples[0].key} cannot be in one batch: they have labels by {', '.join(own)} and "
+                f"{', '.join(names)}, sizes {tuple(sample.image.shape)} and {tuple(shape)}"
+            )
+    return names
 
 
 def _stack(labels: Sequence[Labels]) -> Labels:
@@ -91,20 +96,18 @@ def _stack(labels: Sequence[Labels]) -> Labels:
     max_patches = max(counts)
     if max_patches == 0:
         return Labels(shared, None, torch.zeros(len(labels), 0, 4), supervision=supervision)
-    whole_box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     patch_shape = next(
         region.local.values.shape[1:] for region in labels if region.local is not None and len(region.local)
     )
-    maps, boxes = [], []
+    maps = []
     for region, count in zip(labels, counts, strict=True):
         if region.local is not None and count:
             maps.append(region.local.convert(kind))
         if count < max_patches:
             padding = torch.zeros(max_patches - count, *patch_shape)
             maps.append(DepthMap(padding, torch.zeros_like(padding, dtype=torch.bool), kind))
-        padding_box = region.boxes[0, :1] if count else whole_box
-        boxes.append(torch.cat([region.boxes[0], padding_box.expand(max_patches - count, 4)]))
-    return Labels(shared, cat(maps), torch.stack(boxes), supervision=supervision)
+    boxes = stack_boxes([region.boxes for region in labels], max_patches)
+    return Labels(shared, cat(maps), boxes, supervision=supervision)
 
 
 def encode_map(values: Tensor, valid: Tensor, *, codec: str = DEFAULT_CODEC) -> tuple[bytes, dict[str, float | int]]:

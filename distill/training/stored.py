@@ -23,7 +23,7 @@ from torch import Tensor
 from distill.core.codes import CodedLabels, stack
 from distill.core.division import unit_range
 from distill.core.labels import Batch
-from distill.shards.codec import Sample
+from distill.shards.codec import Sample, common_teachers
 from distill.shards.features import FeatureStore, StackedFeatures, stacked
 from distill.training.batches import (
     Group,
@@ -92,14 +92,7 @@ def collate_stored(items: Sequence[Item | Exception]) -> StoredBatch | Exception
 
 
 def _group(group: Group, samples: Sequence[Sample]) -> StoredGroup:
-    names = list(samples[0].coded)
-    for sample in samples:
-        if sorted(sample.coded) != sorted(names) or sample.image.shape != samples[0].image.shape:
-            raise ValueError(
-                f"{sample.key} and {samples[0].key} cannot be in one batch: they have labels by "
-                f"{', '.join(sample.coded)} and {', '.join(names)}, sizes {tuple(sample.image.shape)} and "
-                f"{tuple(samples[0].image.shape)}"
-            )
+    names = common_teachers(samples, [sample.coded for sample in samples])
     images = torch.stack([sample.image for sample in samples])
     labels = {name: stack([sample.coded[name] for sample in samples]) for name in names}
     return StoredGroup(group, tuple(sample.key for sample in samples), images, labels)

@@ -14,6 +14,7 @@ import torch
 from distill.core import codes
 from distill.core.codes import CodedMaps, decode_values, encode_linear
 from distill.core.depth import Kind
+from distill.core.labels import stack_boxes
 from distill.shards.codec import CODECS, decode_map, encode_map
 
 LINEAR = [name for name, codec in CODECS.items() if codec.first]
@@ -84,6 +85,13 @@ def test_where_the_kernel_cannot_run_torch_decodes_after_one_warning():
     codes._fused_decode.cache_clear()
     (message,) = [str(one.message) for one in said if "decodes labels" in str(one.message)]
     assert "using the slower torch code" in message and "\n" not in message
+
+
+def test_boxes_are_padded_by_their_first_one_and_by_the_whole_region():
+    boxes = [torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]]), torch.zeros(1, 0, 4), torch.rand(1, 1, 4)]
+    stacked = stack_boxes(boxes, 2)
+    assert torch.equal(stacked[0], boxes[0][0]) and torch.equal(stacked[2], boxes[2][0].expand(2, 4))
+    assert stacked[1].tolist() == [[0.0, 0.0, 1.0, 1.0]] * 2
 
 
 def test_small_and_large_maps_are_decoded_alike():

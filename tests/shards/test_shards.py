@@ -152,5 +152,5 @@ def test_collate_forgets_what_is_not_known_of_all_but_never_mixes_quantities():
     assert batch.labels["one"].shared.kind == batch.labels["one"].local.kind == Kind.SCALE_DISPARITY
     with pytest.raises(KindError, match="affine_depth"):
         collate([metric, make_sample("c", kind=Kind.AFFINE_DEPTH)])
-    with pytest.raises(ValueError, match="b-0 and a-0 do not go into one batch"):
+    with pytest.raises(ValueError, match="b-0 and a-0 cannot be in one batch"):
         collate([make_sample("a"), make_sample("b", teachers=("one",))])
