@@ -11,6 +11,7 @@ moving range, or it would flicker.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
