@@ -39,7 +39,7 @@ def test_doctor_looks_where_scoring_does_and_says_how_files_should_lie(tmp_path)
     touch(tmp_path / "root", "MPI-Sintel-depth/training/depth/alley_1/frame_0001.dpt")
     assert [sample.key for sample in sintel.samples(tmp_path / "root")] == ["training/final/alley_1/frame_0001.png"]
     said = check_benchmark("sintel", tmp_path / "root")
-    assert any(finding.level == "ok" and finding.what.startswith("1 images") for finding in said)
+    assert any(finding.level == "ok" and finding.what.startswith("1 image") for finding in said)
     touch(tmp_path / "other", "a.txt")
     (bad,) = (finding for finding in check_benchmark("nyu", tmp_path / "other") if finding.level == "bad")
     assert bad.what.startswith("0 images") and bad.remedy == "expected layout: test/SCENE/rgb_N.png with depth_N.png"
