@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from distill.core.depth import Kind
+from distill.core.files import decoded
 
 SCENES = frozenset(
     {"indoor", "outdoor", "non_real", "transparent_reflective", "adverse_style", "aerial", "underwater", "object"}
@@ -45,7 +46,7 @@ def read_annotations(root: Path | str) -> dict[str, list[PointPair]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; the root of DA-2K is the folder that holds annotations.json")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(decoded(path.read_bytes()))
         return {image: [_pair(entry) for entry in entries] for image, entries in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not DA-2K's annotations ({type(error).__name__}: {error})") from error

@@ -27,7 +27,7 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.core.files import file_sha256
+from distill.core.files import decoded, file_sha256
 from distill.core.strictness import mismatches
 from distill.core.weights import ANY, below_prefix, find_weights, read_state
 from distill.core.wording import shortened
@@ -264,7 +264,7 @@ def _stated_beside(weights: Path) -> dict[str, Any]:
     ):
         path = weights.parent / file
         try:
-            table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            table = json.loads(decoded(path.read_bytes())) if path.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{path}: not readable JSON ({error}): download it again") from error
         table = table.get(part) if part and isinstance(table, dict) else table

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import hub
-from distill.core.files import file_sha256
+from distill.core.files import decoded, file_sha256
 from distill.core.weights import INDEX, WeightsMismatchError, WeightsMissingError
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -98,7 +98,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(decoded(path.read_bytes()))
     except ValueError as error:
         raise WeightsMismatchError(f"{path} is not readable JSON ({error}): download it again") from error
     if not isinstance(table, dict):

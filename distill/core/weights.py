@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 
 from distill.core import records, standins
+from distill.core.files import decoded
 from distill.core.wording import shortened
 
 # This module is also imported to read teachers' names, without waiting for torch.
@@ -101,7 +102,7 @@ def _matching(folder: Path, name: str) -> list[Path]:
 def shards(index: Path) -> dict[str, Path]:
     """Read an index: tensor name -> the file that holds it; raises WeightsMissingError if one of them is missing."""
     try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table = json.loads(decoded(index.read_bytes()))["weight_map"]
         files = {str(name): index.parent / str(file) for name, file in table.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsMismatchError(f"{index} is not an index of weights ({error!r}): download it again") from error

@@ -213,8 +213,8 @@ def _prune(out: Path, keep_last: int, best: Mapping[str, Any] | None) -> None:
     if best is not None:
         keep.add(folder_of(out, best["step"]))
     for saved in checkpoints:
-        if saved.folder not in keep:
-            shutil.rmtree(saved.folder)
+        if saved.folder not in keep:  # renamed first: a kill leaves no half of it, which would be called damaged
+            shutil.rmtree(saved.folder.rename(files.temporary_name(saved.folder)))
 
 
 def _names(student: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

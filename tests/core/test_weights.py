@@ -127,7 +127,7 @@ def test_shards_are_read_through_their_index(tmp_path):
         find_weights(tmp_path, ["model.safetensors", "*.safetensors"])
     names = {key: f"model-0000{i + 1}-of-00002.safetensors" for i, key in enumerate(RAW)}
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": names}))
+    index.write_text(json.dumps({"weight_map": names}), encoding="utf-8-sig")  # as Windows' editors save it
     assert find_weights(tmp_path, ["model.safetensors"]) == find_weights(tmp_path, ["*.safetensors"]) == index
     for path in (index, tmp_path / names["a.weight"]):
         assert read_state(path).keys() == RAW.keys()

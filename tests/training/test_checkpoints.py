@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import math
 
 import pytest
@@ -89,6 +90,25 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     assert all(torch.equal(value, whole[name]) for name, value in student.state_dict().items())
     named = path if damage in ("header", "tensors", "student") else last
     assert str(named) in told[0] and "is skipped" in told[0] and told[1].endswith("damaged lines skipped: 1")
+
+
+def test_killed_while_an_old_checkpoint_is_removed(tmp_path, monkeypatch):
+    real = shutil.rmtree
+
+    def stop(folder, **options):
+        if not (file := folder / "training.safetensors").is_file():
+            return real(folder, **options)
+        file.unlink()
+        raise KeyboardInterrupt
+
+    given = {"keep_last": 1, "val_fraction": 0.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **given)
+    told = []
+    run(tmp_path, tell=told.append, **given)
+    assert not told and [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000020"]
 
 
 def test_the_best_checkpoint_that_is_damaged_is_no_longer_the_best(tmp_path):
