@@ -109,13 +109,13 @@ def _wait(child: int, began: float, limit: float, signal_after: float | None, nu
 
 def distill(*arguments: str | Path, folder: Path | None = None) -> Callable[[], int]:
     """The command line as `work` of a trial, in `folder`."""
+    # Before the fork: an interrupt during these imports is the interpreter's, not the command's.
+    from rich.console import Console
+
+    from distill.app import console
+    from distill.app.cli import main
 
     def work() -> int:
-        from rich.console import Console
-
-        from distill.app import console
-        from distill.app.cli import main
-
         # pytest's capture has replaced the streams with which the consoles were made.
         console._out, console._err = (
             Console(file=os.fdopen(os.dup(number), "w"), soft_wrap=True, width=160) for number in (1, 2)
