@@ -29,6 +29,7 @@ from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
 from distill.core.standins import fault_of_start
 from distill.core.strictness import mismatches
+from distill.core.wording import did_you_mean
 from distill.students import Student
 from distill.students.modelcard import canonical_rule, page_of
 from distill.students.quantize import fits, may_shrink, pack, unpack
@@ -209,7 +210,8 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
     try:
         return hub.download(name, files=[WEIGHTS, DESCRIPTION, CARD], revision=revision)
     except hub.HubError as error:
-        raise OSError(f"{name}: no such folder here, and {error}") from error
+        near = did_you_mean(name, map(str, folder.parent.glob("*")))
+        raise OSError(f"{name}: no such folder here, and {error}{near}") from error
 
 
 def push_to_hub(

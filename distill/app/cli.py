@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from distill import __version__
 from distill.core.plugins import find, names
+from distill.core.wording import did_you_mean
 
 # The order of the verbs in the help; others come last.
 ORDER = [
@@ -47,9 +48,20 @@ EPILOG = """examples:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors also suggest the nearest choice, or where the choices are listed."""
+
+    def error(self, message: str) -> NoReturn:
+        if choice := re.search(r"invalid choice: (\S+) \(choose from (.*)\)$", message):
+            message += did_you_mean(choice[1].strip("'"), re.findall(r"[^\s,']+", choice[2]))
+        if message.endswith(" required: COMMAND"):
+            message += "; `distill --help` lists them"
+        super().error(message)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line; each command's own help is in its file."""
-    top_parser = argparse.ArgumentParser(
+    top_parser = _Parser(
         prog="distill",
         description="Distil heavy depth teachers into small students, and compare them.",
         epilog=EPILOG,

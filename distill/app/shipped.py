@@ -33,7 +33,7 @@ def _files() -> dict[str, Path]:
 def locate(name: str | Path, kind: FileKind = "recipe") -> Path:
     """The file of a recipe, or study: the local one, else the shipped one.
 
-    Raises RecipeError if there is neither, listing what there is, or if it is a study where a recipe is needed, or the
+    Raises RecipeError if there is neither, saying what there is, or if it is a study where a recipe is needed, or the
     reverse.
     """
     plain = Path(name).as_posix().removeprefix("recipes/").removesuffix(".toml")
@@ -63,14 +63,14 @@ def headline(path: Path) -> str:
 
 
 def _missing(asked: Path, plain: str, known: list[str], kind: FileKind) -> str:
-    folder = asked.parent
+    folder = asked if asked.is_dir() else asked.parent
     local_names = (
         sorted(p.name for p in folder.glob("*.toml") if _kind_of(p) in (kind, "unreadable")) if folder.is_dir() else []
     )
     near = did_you_mean(plain, [*known, *(str(folder / name) for name in local_names)])
     plural = "recipes" if kind == "recipe" else "studies"
     local_part = f"; {folder} has {', '.join(local_names[:12])}" if local_names else ""
-    return f"{asked}: no such {kind}{near}{local_part}; shipped {plural}: {', '.join(known)}"
+    return f"{asked}: no such {kind}{near}{local_part}; `distill list {plural}` lists those that ship"
 
 
 def _kind_of(path: Path) -> str:

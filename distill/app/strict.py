@@ -101,7 +101,7 @@ class _Reading:
         self.faults.append(
             f"{path} = {value!r} is renamed to {new_value!r}"
             if new_value
-            else f"{path} must be {_expected(hint)}, not {_kind(value)}"
+            else _brackets_fault(hint, value, path) or f"{path} must be {_expected(hint)}, not {_kind(value)}"
         )
         return None
 
@@ -131,6 +131,17 @@ class _Reading:
         except ValueError as error:
             self.faults.append(f"{path}: {error}" if path else str(error))
             return None
+
+
+def _brackets_fault(hint: Any, value: Any, path: str) -> str:
+    """What is wrong with the brackets of a table's header: single for one of several, double for an only one; or ""."""
+    origin, inner = _parts(hint)
+    if origin is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(value, Mapping):
+        return f"[{path}] needs double brackets, [[{path}]]"
+    only_tables = isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+    if dataclasses.is_dataclass(hint) and value and only_tables:
+        return f"[[{path}]] needs single brackets, [{path}]"
+    return ""
 
 
 def _limit_fault(value: Any, depth: int = 0) -> str:

@@ -182,6 +182,21 @@ def test_an_option_that_would_change_nothing_is_refused(capsys, words, said):
     assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lable", "r.toml"], "did you mean label?"),
+        (["list", "benchmark"], "did you mean benchmarks?"),
+        (["export", "pocket", "out", "--bits", "5"], "(choose from"),
+        ([], "`distill --help` lists them"),
+    ],
+)
+def test_a_word_that_is_no_choice_gets_the_nearest(capsys, words, said):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_process_without_streams_has_a_console(monkeypatch):
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)

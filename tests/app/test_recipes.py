@@ -93,7 +93,8 @@ BAD = {
         '[train]\nprecision = "fp16"',
         "train.precision must be 'fp32' or 'bf16', not 'fp16'",
     ),
-    "table for array": ('[teachers]\nname = "midas"', "teachers must be an array, not a table"),
+    "table for array": ('[teachers]\nname = "midas"', "[teachers] needs double brackets, [[teachers]]"),
+    "array for table": ("[[crops]]\nsize = 28", "[[crops]] needs single brackets, [crops]"),
     "unknown decoder": ('[student]\ndecoder = "std"', "student: std is not one of the decoders; did you mean sdt?"),
     "unknown normalization": (
         '[loss]\nnormalization = "globl"',

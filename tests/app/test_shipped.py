@@ -27,7 +27,7 @@ def test_shipped_recipes_open_by_name_from_anywhere(tmp_path, monkeypatch):
     ("name", "sort", "words"),
     [
         ("students/table3_dal_da", "recipe", "did you mean students/table3_dal_das[?]"),
-        ("dmeo", "recipe", "dmeo: no such recipe; did you mean demo[?]; shipped recipes: .*pocket/pocket"),
+        ("dmeo", "recipe", "dmeo: no such recipe; did you mean demo[?]; `distill list recipes` lists those that ship"),
         ("ablations/table1", "recipe", "table1.toml is a study: use it with distill ablate"),
         ("demo", "study", "demo.toml is a recipe: use it with distill show"),
         ("../../assets/x", "recipe", "no such recipe"),
@@ -38,6 +38,12 @@ def test_a_name_that_is_none_says_what_there_is(name, sort, words, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(strict.RecipeError, match=words):
         shipped.locate(name, sort)
+
+
+def test_a_folder_is_no_recipe_and_what_it_holds_is_named(tmp_path):
+    (tmp_path / "recipe.toml").write_text('[run]\nname = "x"\n')
+    with pytest.raises(strict.RecipeError, match=f"did you mean {tmp_path}/recipe.toml[?]"):
+        shipped.locate(tmp_path)
 
 
 def test_list_says_what_each_thing_is(capsys, tmp_path, monkeypatch):

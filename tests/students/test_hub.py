@@ -67,3 +67,9 @@ class TestFromPretrained:
         with pytest.raises(OSError, match="no such folder") as caught:
             checkpoint.from_pretrained(name)
         assert "\n" not in str(caught.value) and name in str(caught.value)
+
+    def test_a_misspelt_run_gets_the_nearest_one(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs" / "own").mkdir(parents=True)
+        with pytest.raises(OSError, match=r"runs/onw: no such folder here, and .*; did you mean runs/own\?$"):
+            checkpoint.from_pretrained("runs/onw")
