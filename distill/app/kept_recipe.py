@@ -19,9 +19,10 @@ _LISTED = 6
 def _relevant(changed: list[str], recipe: Recipe) -> list[str]:
     """The changed keys that affect what is in the run's folder; if that is labels only, the keys of labelling.
 
-    run.out is not among them: a folder that was moved is the same run.
+    run.out is not among them: a folder that was moved is the same run. Nor is compare.time_at (`compare --size`): a
+    timing changes nothing that is kept.
     """
-    changed = [key for key in changed if key != "run.out"]
+    changed = [key for key in changed if key not in ("run.out", "compare.time_at")]
     made = {path.name for path in recipe.run.folder.iterdir() if path.name != NAME}
     if not made:  # an earlier command failed before it made anything
         return []

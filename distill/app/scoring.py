@@ -44,7 +44,8 @@ class Models:
         self.folder = recipe.run.folder / "train" / "student"
         if recipe.score.student and not self.folder.is_dir():
             raise FileNotFoundError(
-                f"{self.folder}: there is no student yet; run `distill train` with this recipe first"
+                f"{self.folder}: there is no student yet; run `distill train` with this recipe first, or score "
+                "its teachers alone: --set score.student=false"
             )
         self.teachers = [spec for spec in recipe.teachers if spec.name != TRUTH] if recipe.score.teachers else []
         if self.teachers:

@@ -143,8 +143,13 @@ def test_a_command_that_cannot_be_done_leaves_the_runs_recipe(tmp_path, capsys):
     assert main(["score", str(path), "--set", "benchmarks=[{name='scenes'}]", *changed]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "train.steps" not in told  # nothing has been trained
-    assert "no student yet" in told and "was made with other values of run.seed" in told and "run.name=NAME" in told
+    assert (
+        "no student yet" in told
+        and "--set score.student=false" in told
+        and "was made with other values of run.seed" in told
+        and "run.name=NAME" in told
+    )
     assert kept.read_text() == before
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert main(["label", str(path), "--set", f"run.out={tmp_path / 'moved'}"]) == 0
+    assert main(["label", str(path), "--set", f"run.out={tmp_path / 'moved'}", "--set", "compare.time_at=64"]) == 0
     assert "other values" not in capsys.readouterr().err
