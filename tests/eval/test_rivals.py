@@ -107,3 +107,6 @@ def test_one_model_under_all_of_them_on_the_command_line(tmp_path, capsys):
     said = capsys.readouterr()
     assert "moge_disparity" in said.out and "ultralytics: not available: ultralytics is not defined" in said.err
     assert (tmp_path / "s-clean.json").is_file() and (tmp_path / "s-zipdepth.json").is_file()
+    asked[asked.index("affine_disparity")] = "affine_depth"  # which it is not
+    assert main(["score", "--predictions", str(tmp_path / "maps"), *asked[:-2]]) == 0
+    assert "is the prediction really affine_depth?" in capsys.readouterr().err

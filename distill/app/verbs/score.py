@@ -151,6 +151,8 @@ def _under_rivals(args: argparse.Namespace) -> int:
     table(title, ["protocol", "abs_rel", "delta1", "alignment", "id"], lines)
     for name, result in results.items():
         note(f"  {name}: {sentence(name) if not isinstance(result, str) else f'not available: {result}'}")
+        for line in [] if isinstance(result, str) else _few(result.problems(), 3):
+            note(f"    {line}")
     if failed:
         say(f"scoring an image failed {failed} times" + ("" if args.allow_failed else "; no mean"))
     return 1 if failed and not args.allow_failed else 0
