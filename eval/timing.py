@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.core.wording import counted
+
 WARM_UP, CALLS = 3, 20
 
 
@@ -59,7 +61,11 @@ def run_time(predict: Callable[[Tensor], Any], size: int, device: torch.device, 
     for _ in range(WARM_UP):
         call()
     seconds = sorted(call() for _ in range(calls))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    )
     return RunTime(size, statistics.median(seconds), seconds[0], seconds[-1], calls, name)
 
 

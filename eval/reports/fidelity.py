@@ -12,7 +12,7 @@ from distill.eval.reports.gallery import UNREADABLE
 from distill.eval.reports.page import missing, table
 from distill.eval.score import Score
 
-_SIDE, _EDGE = 300, 36
+_SIDE, _EDGE = 300, 44
 
 
 def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
@@ -31,7 +31,7 @@ def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
         }
         accuracy = ["–" if own_abs_rel.get(n) is None else f"{own_abs_rel[n]:.4f}" for n in names[1:]]
         rows.append([*map(escape, names), *(f"{v:.4f}" for v in numbers), *accuracy, str(content["images"])])
-        charts.append(scatter(f"{names[1]} against {names[2]}, {names[0]}", points))
+        charts.append(scatter(names[0], (names[1], names[2]), points))
     if not rows:
         return missing("No benchmark with dense depth was scored for both a student and a teacher.")
     head = ["benchmark", "student", "teacher", "AbsRel&nbsp;↓", "delta1&nbsp;↑", "boundary&nbsp;F1&nbsp;↑"]
@@ -43,8 +43,11 @@ def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
     return key + table(head, rows, kind="scores") + f'<div class="charts">{"".join(charts)}</div>'
 
 
-def scatter(title: str, points: Sequence[tuple[float, float]]) -> str:
-    """Depths of one map over those of another, both in metres on logarithmic axes, with the line of agreement."""
+def scatter(benchmark: str, models: tuple[str, str], points: Sequence[tuple[float, float]]) -> str:
+    """Depths by the first model over those by the second, in metres on logarithmic axes, with the line of agreement.
+
+    points: (second's, first's).
+    """
     logs = [(math.log(a), math.log(b)) for a, b in points if a > 0 and b > 0]
     if not logs:
         return ""
@@ -52,7 +55,8 @@ def scatter(title: str, points: Sequence[tuple[float, float]]) -> str:
     span = (max(max(pair) for pair in logs) - low) or 1.0
     ends = (f"{math.exp(low):.3g}", f"{math.exp(low + span):.3g}")
     placed = [((a - low) / span, (b - low) / span) for a, b in logs]
-    return _square(title, placed, ends, " m", "depth of the first over depth of the second; on the line they agree")
+    note = f"depth across: {models[1]}; upwards: {models[0]}; on the line they agree"
+    return _square(f"{models[0]} against {models[1]}, {benchmark}", placed, ends, " m", note)
 
 
 def agreement(teachers: tuple[str, str], points: Sequence[tuple[float, float]]) -> str:

@@ -52,7 +52,8 @@ def test_a_student_that_copies_its_teacher_is_faithful_and_no_better(tmp_path):
     (tmp_path / "fidelity" / "maps--dav2.json").write_text(json.dumps(table))
     html = fidelity_section(tmp_path, [])
     assert "dav2" in html and html.count("<circle") > 10 and f"{right['abs_rel']:.4f}" in html
-    assert scatter("nothing", []) == ""
+    assert "depth across: dav2; upwards: student" in html
+    assert scatter("nothing", ("student", "dav2"), []) == ""
 
 
 @pytest.mark.parametrize("points", [2, 7])

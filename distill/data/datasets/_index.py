@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +91,7 @@ def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str]
 def _layout(plugin: Any) -> str:
     """`its layout is: SCENE/...`: the layout in a plug-in's docstring, without its summary line."""
     parts = (plugin.__doc__ or "").strip().partition("\n\n")
-    return f"its layout is: {' '.join((parts[2] or parts[0]).split())[:300]}"
+    return f"its layout is: {textwrap.shorten(parts[2] or parts[0], 300, placeholder=' ...')}"
 
 
 def _where_instead(plugin: Any, root: Path) -> str:
