@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distill.app import cli
 from distill.core import crops
@@ -190,6 +193,32 @@ def test_the_size_rule_in_the_graph_is_that_of_predict(tmp_path, height, width):
     sized = crops.resize(photo[None].float() / 255, *crops.native_shape(height, width, 56, student.encoder.patch_size))
     expected = crops.resize(sized, height, width)[0, 0]
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_the_python_of_the_page_runs_a_graph_by_the_size_rule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("shipped").mkdir()
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    plain, with_resize = (code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "session" in code)
+    student = small()
+    student.native_size = 56
+    multiple = student.encoder.patch_size
+    # The "network" is the first channel at its own size.
+    model = graph([("Gather", ["images", "first"], "disparity", {"axis": 1})], {"first": np.int64(0)})
+    onnx.helper.set_model_props(model, {"native_size": "56", "multiple": str(multiple)})
+    onnx.save(model, "shipped/model.onnx")
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    Image.fromarray(pixels).save("photo.png")
+    scope: dict = {}
+    exec(plain.replace("photo.jpg", "photo.png"), scope)
+    photo = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    sized = crops.resize(photo, *crops.native_shape(90, 120, 56, multiple))
+    expected = crops.resize(sized, 90, 120)[0, 0].numpy()
+    np.testing.assert_allclose(scope["depth"], expected, atol=1.5 / 255)  # Pillow rounds to 8 bits
+    onnx_form.with_resize(model, student)
+    onnx.save(model, "shipped/model.onnx")
+    exec(plain.partition("scale")[0].replace("photo.jpg", "photo.png") + with_resize, scope)
+    np.testing.assert_allclose(scope["depth"], expected, atol=2e-5)
 
 
 def test_a_graph_for_browsers_has_no_antialias_and_the_same_map():
