@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.app.recipe import Recipe, as_table, parse, trusted
-from distill.app.strict import parse_into, read_toml, set_key, set_value
-from distill.core.plugins import file_hashes
+from distill.app.strict import RecipeError, parse_into, read_toml, set_key, set_value
+from distill.core.plugins import file_hashes, find
 from distill.eval.metrics import METRICS
 from distill.eval.tasks import TASKS
 from distill.eval.verdict import BOUNDED, CLAIMS
@@ -253,10 +253,27 @@ def cells(
             table["run"] |= {"name": f"{study.name}: {row.name}, seed {seed}", "out": ""}
             table.setdefault("labels", {})["root"] = str(out / "labels")
             recipe = trusted(parse(table, where=f"{path}, row {row.name}"))
+            _check_columns(chosen.columns, recipe, f"{path}, row {row.name}")
             folder = out / "cells" / _address(recipe)
             recipe = replace(recipe, run=replace(recipe.run, out=str(folder)))
             study_cells.append(StudyCell(row.name, seed, recipe, folder))
     return study_cells
+
+
+def _check_columns(columns: Sequence[Column], recipe: Recipe, where: str) -> None:
+    """Raises RecipeError for a column that a cell's scores will not have: else it shows only after every cell ran."""
+    asked = {spec.alias_or_name: spec for spec in recipe.benchmarks}
+    for column in (column for column in columns if column.benchmark):
+        spec = asked.get(column.benchmark)
+        if spec is None:
+            there_are = f"there are {', '.join(asked)}" if asked else "it has none"
+            raise RecipeError(f"{where}: a column shows {column.benchmark}, no benchmark of the recipe; {there_are}")
+        rows = list(TASKS[find("distill.eval.benchmarks", spec.name).PROTOCOL.task].rows)
+        if column.metric in rows or (column.metric == EDGES and spec.edges):
+            continue
+        way_out = f"set edges = true in its [[benchmarks]], or show {rows[0]}" if column.metric == EDGES else ""
+        way_out = way_out or f"it has {', '.join(rows)}"
+        raise RecipeError(f"{where}: {column.benchmark} is not scored by {column.metric}; {way_out}")
 
 
 def _merged(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,9 +12,7 @@ from distill.app import ablate
 from distill.app.cli import main
 from distill.app.strict import RecipeError
 from distill.app.study import Column, cells, read_study
-from distill.core.plugins import find
 from distill.eval.score import score_predictions
-from distill.eval.tasks import TASKS
 from distill.eval.verdict import UNKNOWN, paper_effect
 from distill.training import trainlog
 from tests.app.test_recipes import STUDIES
@@ -28,11 +26,6 @@ def test_every_cell_of_every_study_is_a_recipe(path, version, tmp_path):
     made = cells(study, path, version, tmp_path, [])
     assert {cell.row for cell in made} == {row.name for row in study.all_rows()}
     assert len({cell.folder for cell in made}) == len(made)  # no two cells are one by mistake
-    asked = {spec.alias_or_name: spec for spec in made[0].recipe.benchmarks}
-    for column in (column for column in getattr(study, version).columns if column.benchmark):
-        spec = asked[column.benchmark]
-        task = find("distill.eval.benchmarks", spec.name).PROTOCOL.task
-        assert column.metric in (*TASKS[task].rows, *(("boundary_f1",) if spec.edges else ())), column
 
 
 def test_a_boundary_sets_own_score_is_a_column(tmp_path):
@@ -68,6 +61,23 @@ def test_a_key_that_a_recipe_cannot_take_is_a_line(tiny):
         bench = replace(study.bench, set={**study.bench.set, key: 1})
         with pytest.raises(RecipeError, match=rf"tiny.toml, row global: {key}: {line}"):
             cells(replace(study, bench=bench), tiny, "bench", Path("out"), [])
+
+
+def test_a_column_without_a_score_is_told_before_anything_runs(tiny):
+    """After every cell has run would be too late."""
+    for column, override, message in (
+        ('benchmark = "scenes"', "benchmarks.0.edges=false", "by boundary_f1; set edges = true in its [[benchmarks]]"),
+        (
+            'benchmark = "scenes", metric = "accuracy"',
+            "train.seed=1",
+            "not scored by accuracy; it has abs_rel",
+        ),
+        ('benchmark = "nyu"', "train.seed=1", "a column shows nyu, no benchmark of the recipe; there are scenes"),
+    ):
+        tiny.write_text(STUDY.replace("seeds = [0, 1]\ncolumns = [", f"seeds = [0]\ncolumns = [\n    {{ {column} }},"))
+        with pytest.raises(RecipeError) as caught:
+            cells(read_study(tiny), tiny, "bench", Path("out"), [override])
+        assert message in str(caught.value)
 
 
 def test_tables_share_their_equal_cells(tmp_path):
