@@ -318,8 +318,8 @@ def _dots(table: Table) -> str:
             parts.append(f'<text x="{px(v):.1f}" y="{height - 6}" text-anchor="middle">{v:.3f}</text>')
         panels.append(
             f'<figure class="chart"><figcaption><b>{escape(column)}</b></figcaption>'
-            f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" '
-            f'aria-label="{escape(column)} by row and seed">{"".join(parts)}</svg>'
+            f'<div style="overflow-x:auto"><svg viewBox="0 0 {_WIDTH} {height}" style="min-width:600px" role="img" '
+            f'aria-label="{escape(column)} by row and seed">{"".join(parts)}</svg></div>'
             f"<p>a dot per seed, the line is their mean; {side} is better</p></figure>"
         )
     return "".join(panels)

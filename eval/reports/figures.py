@@ -258,6 +258,12 @@ def _axis(values: Sequence[float], log: bool, zero: bool) -> _Axis:
     return _Axis(low if low == 0.0 and zero else low - room, high + room, False)
 
 
+def _tick_text(x: float, tick: float) -> str:
+    """The number below a tick; at the axis's ends it stays inside, clear of the axis's name."""
+    anchor = "end" if x > _WIDTH - _RIGHT - 12 else "start" if x < _LEFT + 12 else "middle"
+    return f'<text x="{x:.1f}" y="{_HEIGHT - 10}" text-anchor="{anchor}">{_short(tick)}</text>'
+
+
 def chart(
     title: str,
     series: Sequence[Series],
@@ -289,8 +295,7 @@ def chart(
         parts.append(f'<path class="grid" d="M{_LEFT} {py(tick):.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     for tick in _round_numbers(across.low, across.high, 4):
-        anchor = "end" if px(tick) > _WIDTH - _RIGHT - 12 else "middle"
-        parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - 10}" text-anchor="{anchor}">{_short(tick)}</text>')
+        parts.append(_tick_text(px(tick), tick))
     parts.append(f'<text x="{_LEFT - 6}" y="{_HEIGHT - 10}" text-anchor="end">step</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
     for at, text in marks:
@@ -332,7 +337,7 @@ def scatter(title: str, points: Sequence[tuple[float, float, str]], *, across: s
     marks = along.ticks()
     marks = marks if len(marks) > 1 else _round_numbers(along.low, along.high, 3)
     for tick in marks:
-        parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{_short(tick)}</text>')
+        parts.append(_tick_text(px(tick), tick))
     parts.append(f'<text x="{_LEFT - 6}" y="{_HEIGHT - 10}" text-anchor="end">{escape(across)}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
     for i, (x, y, name) in enumerate(points):

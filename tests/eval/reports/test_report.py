@@ -269,6 +269,8 @@ def test_long_curves_are_thinned_and_keep_their_level():
     assert len(points) <= figures.POINTS
     assert max(abs(v - np.sin(x / 900)) for x, v in points) < 1e-2
     assert figures.chart("T", [figures.Series(name="a", x=[], y=[])]) == ""
+    html = figures.chart("T", [figures.Series(name="a", x=[1, 2, 3], y=[4, 5, 6])])
+    assert 'x="50.0" y="220" text-anchor="start">1<' in html and 'text-anchor="end">3<' in html  # clear of "step"
 
 
 def test_smoothing_has_no_bias_at_the_start():
