@@ -92,5 +92,5 @@ _THOUSANDS = re.compile(
 )
 """65,535 and 10,000 with any separator of thousands, which would be read as two values."""
 _UNSUPPORTED_RULE = re.compile(
-    r"\b(?:max\w*|saturat\w*)\b|\d\s*(?:[-\u2010-\u2015\u2212]|\.\.|to\b)\s*\d|\d\s*\+|!=|\b0x|\b(?:above|over|beyond|below|under|than)\s+\d"
+    r"^\D*\b(?:max|saturat)\w*\b\D*$|\d\s*(?:[-\u2010-\u2015\u2212]|\.\.|to\b)\s*\d|\d\s*\+|!=|\b0x|\b(?:above|over|beyond|below|under|than)\s+\d"
 )

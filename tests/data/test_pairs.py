@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from distill.core.depth import Kind
+from distill.data import cells
 from distill.data.pairs import _fits, read_pairs
 from distill.eval.benchmarks import pairs as benchmark
 from distill.eval.score import score
@@ -339,6 +341,23 @@ def test_the_largest_code_is_told_where_nothing_says_what_it_means(tmp_path, cap
     assert "d.png: 1 of its pixels are 65535, the largest" in caplog.text
     assert "they count as 65.535 m: write 65535 in the column invalid" in caplog.text
     assert truth.valid[0, 0, 3] and float(truth.values[0, 0, 3]) == pytest.approx(65.535)
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"),
+    [
+        ("0 (65535 saturated)", (65000.0, ())),
+        ("0 (65535 in the original, set to 0 here)", (65000.0, ())),
+        ("65535 (max), 0", (65000.0, ())),
+        (">=65000 (sky)", (65000.0, ())),
+        ("0 and 65535", (65000.0, ())),
+        ("255 = max", (math.inf, (255.0,))),
+        ("none(inpainted)", (math.inf, ())),
+        ("inf (non-finite)", (math.inf, ())),
+    ],
+)
+def test_an_invalid_cell_may_explain_its_numbers(cell, expected):
+    assert cells.invalid(cell) == expected
 
 
 @pytest.mark.parametrize("invalid", ["65 535", "65\u202f535", "65'535", "10,000", "0 and 2.000", "max", "saturated"])
