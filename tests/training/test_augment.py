@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from distill.core.crops import sample_boxes
-from distill.core.depth import DepthMap
-from distill.core.labels import Batch, Labels
-from distill.training.augment import augment, draw
+from distill.core.depth import DepthMap, Kind
+from distill.core.labels import Batch, Labels, Supervision
+from distill.training.augment import Draw, _square, augment, draw
 from distill.training.batches import draw_of
 from distill.training.loading import training_batches
 from distill.training.sampling import MicroBatchPositions, make_order
@@ -139,3 +140,82 @@ def test_what_is_drawn_stays_what_it_was(smallest, rotation, expected):
     """A run that is resumed, or repeated to compare, must see what it saw: a draw that nobody asked for moves all."""
     how = {"seed": 3, "hflip": True, "random_resized_crop": smallest, "rotation": rotation, "color_jitter": 0.2}
     assert "".join("01"[draw(place, **how).mirrored] for place in range(16)) == expected
+
+
+def whole(values, valid=None, *, local=None, boxes=None, kind=KIND, truth=False):
+    """Labels of maps (B,S,S), valid everywhere unless told; local: (B*N,P,P), all valid."""
+    valid = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
+    patches = None if local is None else DepthMap(local, torch.ones_like(local, dtype=torch.bool), kind)
+    boxes = torch.zeros(len(values), 0, 4) if boxes is None else boxes
+    return Labels(DepthMap(values, valid, kind), patches, boxes, supervision=Supervision("t", kind, truth=truth))
+
+
+def test_a_crop_is_where_and_as_large_as_its_numbers_say():
+    """A quarter of the area is half the side; the last place is where the square touches the far edge."""
+    assert _square((0.0, 0.99, 0.0), 10, 0.25) == (5, 0, 5)
+    assert _square((0.0, 0.0, 0.99), 10, 0.25) == (0, 5, 5)
+    assert _square((0.99999, 0.5, 0.5), 10, 0.25) == (0, 0, 10)
+
+
+def test_a_cropped_pixel_is_valid_only_if_all_that_it_is_mixed_from_is():
+    valid = torch.ones(1, 8, 8, dtype=torch.bool)
+    valid[0, 3, 6] = False
+    labels = whole(torch.full((1, 8, 8), 2.0), valid, truth=True)
+    out = augment(
+        Batch(("a",), torch.zeros(1, 3, 8, 8), {"t": labels}), [Draw((0.0, 0.3, 0.99))], random_resized_crop=0.25
+    )
+    expected = torch.ones(8, 8, dtype=torch.bool)  # rows 1 to 4 and columns 4 to 7 of the map, twice as large
+    expected[3:7, 3:7] = False
+    shared = out.labels["t"].shared
+    assert torch.equal(shared.valid[0], expected) and (shared.values[0][expected] == 2.0).all()
+    assert out.labels["t"].supervision.truth  # so that the objective of truth stays the objective
+
+
+def test_a_patch_that_a_crop_cuts_is_valid_where_the_student_sees_it():
+    """And brought nearer by the longer lens of its own region, if its metres are those of a canonical camera."""
+    boxes = torch.tensor([[[0.25, 0.25, 0.75, 0.75], [0.5, 0.5, 1.0, 1.0]]]).repeat(3, 1, 1)
+    local = torch.arange(1.0, 7.0)[:, None, None].expand(6, 4, 4)
+    labels = whole(torch.ones(3, 8, 8), local=local, boxes=boxes, kind=Kind.METRIC_DEPTH)
+    batch = Batch(("a", "b", "c"), torch.zeros(3, 3, 8, 8), {"t": labels})
+    draws = [Draw((0.0, 0.0, 0.99)), Draw((0.99999, 0.0, 0.0)), Draw((0.0, 0.99, 0.0))]
+    out = augment(batch, draws, random_resized_crop=0.25, canonical=True).labels["t"]
+    assert out.local.values[:, 0, 0].tolist() == [0.5, 1.0, 3.0, 4.0, 2.5, 3.0]
+    assert out.shared.values[:, 0, 0].tolist() == [0.5, 1.0, 0.5]
+    seen = torch.zeros(6, 4, 4, dtype=torch.bool)
+    seen[0, :2, 2:] = True  # the upper right quarter of the region has that of the first patch, and none of the second
+    seen[2:4] = True
+    seen[4, 2:, :2] = True
+    assert torch.equal(out.local.valid, seen)
+
+
+def test_what_is_invalid_is_mirrored_with_its_map():
+    valid = torch.ones(2, 4, 4, dtype=torch.bool)
+    valid[:, :, 0] = False
+    labels = whole(torch.ones(2, 4, 4), valid, local=torch.ones(2, 4, 4), boxes=torch.rand(2, 1, 4), truth=True)
+    labels = replace(labels, local=labels.shared)
+    batch = Batch(("a", "b"), torch.zeros(2, 3, 4, 4), {"t": labels})
+    out = augment(batch, [Draw(mirrored=True), Draw()]).labels["t"]
+    for part in (out.shared, out.local):
+        assert torch.equal(part.valid[0], valid[0].flip(-1)) and torch.equal(part.valid[1], valid[1])
+    assert out.supervision.truth
+
+
+@pytest.mark.parametrize(("angle", "turns"), [(1.0, 1), (0.0, -1), (0.5, 0)])
+def test_a_quarter_turn_of_a_rectangle_turns_its_middle(angle, turns):
+    """The angle runs from minus to plus `rotation`, and pixels stay square whatever the aspect."""
+    values = torch.rand(1, 8, 16)
+    batch = Batch(("a",), values[:, None].expand(1, 3, 8, 16), {"t": whole(values)})
+    out = augment(batch, [Draw(angle=angle)], rotation=90.0)
+    middle = torch.rot90(values[0, :, 4:12], turns)
+    torch.testing.assert_close(out.images[0, 0, :, 4:12], middle, atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.labels["t"].shared.values[0, :, 4:12], middle, atol=1e-4, rtol=0)
+
+
+def test_colours_are_multiplied_as_documented():
+    """Brightness by 1.4, contrast about the mean grey by 0.7, saturation by 1.2; and never beyond [0,1]."""
+    image = torch.tensor([[0.2, 0.6], [0.4, 0.2], [0.6, 0.1]])[None, :, None]
+    out = augment(Batch(("a",), image, {}), [Draw(colors=(0.9, 0.2, 0.7))], color_jitter=0.5).images[0, :, 0]
+    expected = torch.tensor([[0.305004, 0.786145], [0.540204, 0.315745], [0.775404, 0.198145]])
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    bright = augment(Batch(("a",), image, {}), [Draw(colors=(1.0, 0.5, 0.5))], color_jitter=1.0).images
+    assert bright.max() == 1.0 and bright.min() >= 0.0
