@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import select
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import get_worker_info
 
 from distill.core import machine
 from distill.shards.shards import LabelDataset
+from distill.training import handover as handover_module
 from distill.training.handover import SLOTS, SPARE, Giving, Handed, Handover, handover_for, packed, unpacked
 from distill.training.loading import Readers, StreamSamples, loader_of, readers_of
 from distill.training.sampling import MicroBatchPositions, make_order
@@ -47,10 +49,14 @@ def same(ours, theirs):
 
 
 @pytest.mark.parametrize("room", [1 << 20, 4096])
-def test_the_same_bits(labels, room):
+def test_the_same_bits(labels, room, monkeypatch):
     """In more batches than there are slots; where none has room they go the usual way."""
     positions = positions_of(labels)
     samples, seen, handover = StreamSamples(labels, SETTINGS, training=True, coded=True), [], Handover(2, room)
+    freed, release = [], handover.release
+    monkeypatch.setattr(
+        handover, "release", lambda handed: (freed.append((handed.reader, handed.slot)), release(handed))
+    )
     given = loader_of(samples, positions, Giving(collate_stored, handover), Readers(2))
 
     def watched():
@@ -62,6 +68,8 @@ def test_the_same_bits(labels, room):
     with handover.held():
         ours = list(_on_device(watched(), len(positions), handover, SETTINGS, CPU))
     assert seen == [room > 4096] * SETTINGS.steps and SETTINGS.steps > 2 * SLOTS
+    in_turn = [(place % 2, place // 2 % SLOTS) for place in range(SETTINGS.steps)]
+    assert freed == in_turn * (room > 4096), "a slot that is freed twice is written while it is read"
     for mine, its in zip(ours, stored_batches(labels, positions, settings=SETTINGS, device=CPU), strict=True):
         assert mine.waited is not None and its.waited is None
         same(mine, its)
@@ -206,14 +214,20 @@ def no_space(size):
     raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
 
+def no_file(size):
+    raise OSError(24, "Too many open files")
+
+
 def test_slots_are_taken_where_shared_memory_allows(monkeypatch, labels):
     monkeypatch.setattr(machine, "shared_memory", lambda: 1 << 20)
     made = handover_for(2, 10_000)
     assert made is not None and int(10_000 * SPARE) <= made.size < 10_000 * SPARE + 4096
     assert handover_for(2, 1 << 18) is None and handover_for(0, 10) is None
-    with monkeypatch.context() as another:  # another run takes it in between
-        another.setattr(torch.UntypedStorage, "_new_shared", no_space)
-        assert handover_for(2, 10_000) is None
+    assert handover_for(2, 100_000) is None, "half of what is free is left to others"
+    for refuse in (no_space, no_file):  # another run takes it in between
+        with monkeypatch.context() as another:
+            another.setattr(torch.UntypedStorage, "_new_shared", refuse)
+            assert handover_for(2, 10_000) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert handover_for(2, 10_000) is None
     monkeypatch.undo()
@@ -225,6 +239,23 @@ def test_slots_are_taken_where_shared_memory_allows(monkeypatch, labels):
 
 def test_outside_a_reading_process_nothing_is_handed_over():
     assert get_worker_info() is None and Handover(1, 64).give([torch.ones(2)])[0].tolist() == [1.0, 1.0]
+
+
+def test_numbers_of_any_width_lie_where_they_can_be_read_and_a_slot_is_filled_to_its_end(monkeypatch):
+    monkeypatch.setattr(handover_module, "get_worker_info", lambda: SimpleNamespace(id=0))
+    handover = Handover(1, 4000)  # in whole pages
+    given = [torch.arange(3, dtype=torch.uint8), torch.rand(2, dtype=torch.float64), torch.arange(5)]
+    for batch in (
+        given,
+        [torch.rand(1024)],
+        given,
+    ):  # of which the second fills its slot, and the third is in the first
+        handed = handover.give(batch)
+        assert isinstance(handed, Handed)
+        assert all(torch.equal(a, b) for a, b in zip(handover.take(handed, CPU)[0], batch, strict=True))
+        handover.release(handed)
+    too_large = [torch.rand(1025)]
+    assert handover.give(too_large) is too_large
 
 
 def test_what_is_packed_without_its_tensors_takes_others():

@@ -13,8 +13,9 @@ from distill.losses.objective import Objective
 from distill.losses.settings import LossSettings
 from distill.shards.codec import Sample
 from distill.shards.codec import collate as collate_samples
+from distill.training.batches import Item, check_teachers, draw_of, groups_of
 from distill.training.loading import training_batches
-from distill.training.sampling import MicroBatchPositions, make_order
+from distill.training.sampling import MicroBatchPositions, SamplePosition, make_order
 from distill.training.train import train
 from tests.training.toys import SIZE, Toy, assert_same_run, newest, save, settings, steps_of
 
@@ -90,11 +91,54 @@ def test_each_sample_learns_from_a_teacher_that_it_has_and_no_other_is_asked():
             assert one.labels.shared.kind is Kind.AFFINE_DISPARITY
         both = {asked[key] for key in micro.keys if key.startswith("scenes")}
         assert len(both) <= 1, "a step has one teacher where there is a choice"
+        assert micro.positions == tuple(range(8 * step, 8 * step + 8)), (
+            "the seeds of what is drawn, in the images' order"
+        )
         for row, key in enumerate(micro.keys):
             image = dataset.get(dataset.image_keys.index(key[:-2]), ["net"] if "pairs" not in key else ["truth"]).image
             assert torch.equal(micro.images[row], image.float() / 255)
     chosen = [name for index, (name,), _ in dataset.asked[:160] if dataset.sources[index] == 2]
     assert {*chosen} == {"net", "truth"}
+
+
+def test_what_is_said_to_be_mirrored_stands_beside_its_image():
+    dataset = Mixed()
+    for step, micro in enumerate(micros(dataset, hflip=True, steps=4)):
+        drawn = [draw_of(place, settings(hflip=True)).mirrored for place in range(8 * step, 8 * step + 8)]
+        assert list(micro.mirrored) == drawn and len(micro.taught) == 2
+        for key, image, mirrored in zip(micro.keys, micro.images, drawn, strict=True):
+            plain = dataset.get(dataset.image_keys.index(key[:-2]), []).image.float() / 255
+            assert torch.equal(image, plain.flip(-1) if mirrored else plain)
+
+
+def test_only_labels_that_the_objective_cannot_tell_apart_are_in_one_group():
+    """Metres beside a map up to a scale would lose them, a lidar's points beside dense truth be taken for dense."""
+    read = []
+    for row, (kind, truth, dense) in enumerate(
+        [
+            (Kind.METRIC_DEPTH, True, True),
+            (Kind.SCALE_DEPTH, True, True),
+            (Kind.METRIC_DEPTH, True, False),
+            (Kind.METRIC_DEPTH, False, True),
+            (Kind.METRIC_DEPTH, True, True),
+        ]
+    ):
+        shared = DepthMap(torch.ones(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool), kind)
+        labels = Labels(shared, None, torch.zeros(1, 0, 4), supervision=Supervision("truth", kind, truth, dense))
+        sample = Sample(f"{row}-0", str(row), torch.zeros(3, 2, 2, dtype=torch.uint8), {"truth": labels})
+        read.append(Item(SamplePosition(10 + row, row), {"truth": 1.0}, "truth", sample))
+    groups = groups_of(read)
+    assert [group.rows for group in groups] == [(0, 4), (1,), (2,), (3,)]
+    assert [group.positions for group in groups] == [(10, 14), (11,), (12,), (13,)]
+
+
+def test_a_teacher_of_no_share_may_be_missing_and_makes_no_image_usable():
+    given = {"teacher_shares": {"net": 1.0, "truth": 1.0, "gone": 0.0}}
+    check_teachers(Mixed(), range(24), settings(**given))
+    with pytest.raises(
+        ValueError, match="images labelled only by truth cannot be used: teacher_shares gives a share only to net$"
+    ):
+        check_teachers(Mixed(), range(24), settings(teacher_shares={"net": 1.0, "truth": 0.0}))
 
 
 def test_truth_and_pseudo_labels_in_one_run_however_it_is_cut(tmp_path):

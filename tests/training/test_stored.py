@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from distill.core.depth import Kind
+from distill.core.depth import DepthMap, Kind
+from distill.core.labels import Batch, Labels
 from distill.shards.shards import LabelDataset, collate
+from distill.training.augment import Draw
+from distill.training.batches import Group, Item, augmented_batch
 from distill.training.label_choice import choose_patches
 from distill.training.loading import training_batches
 from distill.training.parallel import every_parameter_learns
-from distill.training.sampling import MicroBatchPositions, make_order
+from distill.training.sampling import MicroBatchPositions, SamplePosition, make_order
 from distill.training.settings import TrainSettings
-from distill.training.stored import stored_batches
+from distill.training.stored import collate_stored, stored_batches
 from tests.labelling.formula import Formula, run, two_tars
 
 
@@ -60,6 +63,30 @@ def test_the_same_bits(labels, changes):
                 assert (mine is None) == (its is None)
                 if mine is not None:
                     assert torch.equal(mine.values, its.values) and torch.equal(mine.valid, its.valid)
+
+
+def test_stored_features_come_with_their_images(labels):
+    settings = TrainSettings(kind="scale_disparity")
+    sample = labels.get(0, labels.teachers_of(0), coded=True)
+    features = [[(torch.rand(2, 3, 3).half(), torch.rand(2).half())] * 4 for _ in range(2)]
+    name = labels.teachers_of(0)[0]
+    places = [SamplePosition(row, 0) for row in range(2)]
+    items = [Item(at, {name: 1.0}, name, sample, Draw(), own) for at, own in zip(places, features, strict=True)]
+    micro = collate_stored(items).ready(settings)
+    assert len(micro.features) == 4
+    for row, own in enumerate(features):
+        for (patch, cls), (one, other) in zip(micro.features, own, strict=True):
+            assert torch.equal(patch[row], one) and torch.equal(cls[row], other)
+
+
+@pytest.mark.parametrize("focal", [0.0, 100.0])
+def test_a_crop_brings_metres_nearer_only_for_a_canonical_camera(focal):
+    shared = DepthMap(torch.ones(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), Kind.METRIC_DEPTH)
+    batch = Batch(("a",), torch.zeros(1, 3, 8, 8), {"t": Labels(shared, None, torch.zeros(1, 0, 4))})
+    settings = TrainSettings(kind="metric_depth", random_resized_crop=0.25, canonical_focal=focal)
+    group = Group((0,), (0,), (Draw((0.0, 0.5, 0.5)),), "t", {"t": 1.0})
+    values = augmented_batch(group, batch, settings).labels["t"].shared.values
+    assert (values == (0.5 if focal else 1.0)).all()
 
 
 def test_a_step_learns_from_some_of_the_patches(labels):
