@@ -216,7 +216,7 @@ def _fewer_columns(pred: np.ndarray, truth: np.ndarray, valid: np.ndarray, limit
     if longer <= limit:
         return _gather(valid, pred, truth)
     factor = limit / longer
-    index = np.floor(np.arange(int(pred.shape[1] * factor)) * np.float32(1.0 / factor)).astype(np.int64)
+    index = np.floor(np.arange(int(pred.shape[1] * factor), dtype=np.float32) * np.float32(1.0 / factor)).astype(int)
     index = np.minimum(index, pred.shape[1] - 1)
     return _gather(np.take(valid, index, axis=1), np.take(pred, index, axis=1), np.take(truth, index, axis=1))
 

@@ -394,3 +394,16 @@ def test_annotations_name_their_file(tmp_path):
     (tmp_path / "annotations.json").write_text('{"a.jpg": [{"point1": [0, 0], "point2": [1, 1], "closer_point": "x"}]}')
     with pytest.raises(ValueError, match=r"annotations\.json: not DA-2K's .*'x', neither"):
         read_annotations(tmp_path)
+
+
+def test_what_a_matte_has_to_exceed_to_be_foreground():
+    """A tenth itself is background; so is all of a matte of a tenth, which has no edge to find."""
+    depth = torch.tensor([[[1.0, 1.0, 2.0, 2.0]]])
+    matte = torch.tensor([[[0.5, 0.5, 0.1, 0.1]]])
+    assert boundary_recall(depth, matte) > 0 and boundary_recall(depth, matte * 0.2) == 0
+    assert boundary_recall(depth, torch.tensor([[[0.5, 0.5, 0.11, 0.11]]])) == 0
+
+
+def test_a_depth_of_zero_is_nearer_than_all_and_no_division_by_it():
+    depth = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    assert boundary_f1(depth, depth) == boundary_f1(depth + 0.5, depth + 0.5) > 0

@@ -11,7 +11,7 @@ import torch
 from distill.core.align import fit_affine
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval import fit
-from distill.eval.fit import alignment_plan, measure
+from distill.eval.fit import aligned_depth, alignment_plan, measure
 from distill.eval.metrics import all_metrics, from_sums
 from distill.eval.protocol import Protocol, ProtocolError
 from distill.eval.score import read_scores, score, table, write_scores
@@ -167,6 +167,24 @@ def test_marigolds_fit_sees_the_columns_that_its_upsampling_takes():
     assert (got.scale, got.shift) == pytest.approx((1 / 0.3, -2.0 / 0.3), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("size", "limit"), [((2, 18), 14), ((3, 22), 14), ((30, 20), 11), ((2, 40), 40), ((4, 97), 31)]
+)
+def test_those_columns_are_torchs_to_the_last_bit_of_its_float32(size, limit):
+    columns = torch.arange(float(size[1])).expand(1, *size).contiguous()
+    taken = torch.nn.Upsample(scale_factor=limit / max(size), mode="nearest")(columns)
+    found = fit._fewer_columns(columns[0].numpy(), columns[0].numpy(), np.ones(size, bool), limit)
+    assert all(np.array_equal(one, taken.flatten().numpy()) for one in found)
+
+
+def test_the_valid_pixels_of_a_map_of_several_pieces_are_all_gathered_in_order():
+    draw = np.random.default_rng(0)
+    first, second = draw.random((2, 700, 900), dtype=np.float32)
+    valid = draw.random((700, 900)) < 0.5
+    found = fit._gather(valid, first, second)
+    assert np.array_equal(found[0], first[valid]) and np.array_equal(found[1], second[valid])
+
+
 @pytest.mark.parametrize("kind", Kind)
 @pytest.mark.parametrize("against", Kind)
 def test_every_pair_of_kinds_has_one_way_or_a_refusal(kind, against):
@@ -246,6 +264,7 @@ def test_the_scale_of_medians_leaves_out_what_is_not_positive_where_marigold_doe
     pred, truth = np.float32([-3, -2, -1, 1, 2, 4]), np.float32([9, 9, 9, 1, 1, 1])
     assert fit._median_scale(pred, truth, invert=True, positive=True) == 0.5
     assert fit._median_scale(pred, truth, invert=True, positive=False) == 0.0
+    assert fit._median_scale(pred + 2, truth, invert=False, positive=True) == 2.5, "of depth none"
 
 
 def test_the_scale_of_least_relative_error_is_the_least_of_all():
@@ -259,8 +278,53 @@ def test_the_scale_of_least_relative_error_is_the_least_of_all():
     assert (np.abs(found * pred - truth) / truth).sum() <= errors.min() + 1e-5
 
 
-@pytest.mark.parametrize(("times", "said"), [(1000, True), (0.001, True), (3, False)])
+@pytest.mark.parametrize(("times", "said"), [(1000, True), (0.001, True), (3, False), (1, False)])
 def test_metres_in_another_unit_are_told_of(times, said):
     pred = as_kind(truth(), "metric_depth") * np.float32(times)
     notes = measure(pred, truth(), Kind.METRIC_DEPTH, CLEAN).notes
     assert any(f"its metres are {times:.3g} times the truth's" in note for note in notes) is said
+
+
+@pytest.mark.parametrize(("clip", "farthest"), [("truth", 4.0), ("range", 50.0)])
+def test_an_aligned_map_is_held_inside_the_truth_that_the_range_leaves(clip, farthest):
+    """Four pixels, of which the last one's truth lies beyond the range; there the prediction says 50 m."""
+    depth = torch.tensor([[[1.0, 2.0, 4.0, 100.0]]])
+    target = DepthMap(depth, depth > 0, Kind.METRIC_DEPTH)
+    pred = np.float32([[1.0, 0.5, 0.25, 0.02]]) * np.float32(0.3) + np.float32(2.0)
+    protocol = replace(CLEAN, clip=clip, disparity_floor=1e-3)
+    found, measured = aligned_depth(pred, target, Kind.AFFINE_DISPARITY, protocol)
+    assert found[0].tolist() == pytest.approx([1.0, 2.0, 4.0, farthest], rel=1e-3) and measured.sums[0] == 3
+
+
+def test_metres_are_aligned_to_nothing():
+    pred = as_kind(truth(), "metric_depth") * np.float32(9)
+    for scaled in (False, True):
+        found, measured = aligned_depth(pred, truth(), Kind.METRIC_DEPTH, CLEAN, scaled=scaled)
+        assert np.array_equal(found, pred) and (measured.scale, len(measured.sums)) == (1.0, 0)
+
+
+def test_a_pixel_at_zero_is_one_that_marigolds_fit_leaves_out():
+    pred = as_kind(truth(), "metric_disparity")
+    pred[:20] = 0.0
+    share = float((pred[truth().valid[0].numpy()] <= 0).mean())
+    assert measure(pred, truth(), Kind.AFFINE_DISPARITY, MARIGOLD).nonpositive == pytest.approx(share) and share > 0.4
+
+
+@pytest.mark.parametrize("kind", DEPTHS + DISPARITIES)
+def test_only_what_a_kind_leaves_unknown_is_fitted_by_its_own_protocol(kind):
+    got = measure(3 * as_kind(truth(), kind), truth(), Kind(kind), CLEAN.with_kind(kind))
+    error = float(from_sums(got.sums[None])["abs_rel"])
+    if Kind(kind).unknown == "metric":
+        assert error == pytest.approx(2.0 if kind in DEPTHS else 2 / 3, rel=1e-3)
+        assert got.scale_error == pytest.approx(2.0 if kind in DEPTHS else -2 / 3, rel=1e-3) and got.scale == 1.0
+    else:
+        assert error < 1e-4 and got.scale_error is None
+
+
+def test_a_fit_that_has_positive_pixels_is_not_said_to_have_none():
+    pred = as_kind(truth(), "affine_disparity") - np.float32(2.1)
+    assert pred.min() < 0 < pred.max()
+    notes = measure(pred, truth(), Kind.AFFINE_DISPARITY, MARIGOLD).notes
+    assert not any("nothing to fit" in note for note in notes)
+    notes = measure(pred - np.float32(9), truth(), Kind.AFFINE_DISPARITY, MARIGOLD).notes
+    assert any("nothing to fit" in note for note in notes)

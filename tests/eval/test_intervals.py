@@ -31,6 +31,9 @@ def test_the_interval_is_the_bootstraps():
     many = np.random.default_rng(2).gamma(2.0, 0.1, 2001)
     drawn, normal = interval(many[:2000]), interval(many)
     assert drawn == pytest.approx(normal, rel=5e-3), "the two ways agree where they meet"
+    half = 1.959964 * many.std(ddof=1) / 2001**0.5
+    assert normal == pytest.approx((many.mean() - half, many.mean() + half), rel=1e-9)
+    assert interval(values, seed=1) not in ((low, high), None) and interval(values[:5]) is not None
     assert interval(values[:4]) is None and interval([*values, float("nan")]) is None
 
 
@@ -44,6 +47,7 @@ def test_best_only_where_the_images_tell():
     shared = [a_model("same", same), *scores, None]
     assert not distinguishable(shared[0], shared[1], "abs_rel")
     assert rank_marks(shared, "abs_rel", lower_is_better=True) == [2, 2, 0, 0]
+    assert rank_marks([None, scores[0]], "abs_rel", lower_is_better=True) == [0, 0], "the best of one"
     assert rank_marks([a_model("a", [0.1] * 3), a_model("b", [0.2] * 3)], "abs_rel", lower_is_better=True) == [0, 0]
 
 

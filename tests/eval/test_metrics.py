@@ -178,3 +178,11 @@ def test_batches_and_maps_without_a_mask_are_the_published_ones(golden):
     # Over a batch, the published log10 and silog are not means of per-image values; every other metric is.
     expected = {k: v for k, v in case["batch_of_two_mean"].items() if k not in ("log10", "silog_rmse")}
     close({name: value.mean() for name, value in got.items()}, expected)
+
+
+def test_the_units_are_those_of_metres():
+    assert {name: row.unit for name, row in METRICS.items() if row.unit} == {
+        "sq_rel": "m",
+        "rmse": "m",
+        "i_rmse": "1/m",
+    }

@@ -43,6 +43,7 @@ def test_different_protocols_do_not_compare_but_alignments_may():
 
 
 def test_modes_repair_and_never_unrepair():
+    assert replace(MARIGOLD, fit_columns=9, offset_positive=True).in_mode("clean") == CLEAN, "an oddity stays"
     clean = MARIGOLD.in_mode("clean")
     assert clean == CLEAN and MARIGOLD.in_mode("marigold") == MARIGOLD
     with pytest.raises(ProtocolError, match="no published Marigold protocol"):
@@ -271,3 +272,20 @@ def test_tables_refuse_what_does_not_compare(store):
     partial = score(store, "affine_depth", samples(), CLEAN, model="d", allow_failed=True)
     assert table([partial])[1][2].endswith("(without 1)")
     assert table([score(store, "affine_depth", samples(), CLEAN)])[1][2] == "-"
+
+
+def test_a_list_is_its_images_and_not_their_order():
+    assert list_hash(["b", "a"]) == list_hash(["a", "b"]) != list_hash(["a"])
+
+
+def test_edges_are_fitted_for_a_shift_alone_and_take_no_other_alignment():
+    edges = CLEAN.of_edges()
+    assert [edges.with_kind(kind).alignment for kind in ("metric_depth", "scale_disparity")] == ["none", "none"]
+    assert edges.with_kind("affine_disparity").alignment == "scale and shift in disparity"
+    with pytest.raises(ValueError, match="test takes no other alignment .* leave it at auto"):
+        edges.with_kind("affine_disparity", "scale")
+
+
+def test_a_constant_is_only_added_where_the_fit_would_leave_pixels_out():
+    fitted = MARIGOLD.with_kind("affine_disparity", "median")
+    assert fitted.with_offset("affine_disparity") == fitted, "medians cancel no constant"
