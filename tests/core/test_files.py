@@ -174,3 +174,50 @@ def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_text_as_people_save_it(encoding):
     assert files.decoded("a\u00e9".encode(encoding)) == "a\u00e9"
+
+
+def test_a_lock_of_a_file_that_its_holder_has_just_removed_is_no_lock(tmp_path, monkeypatch):
+    path, real, waited = tmp_path / "l", files.fcntl.flock, []
+
+    def late(file, how):
+        if not waited:
+            path.unlink()  # between opening and locking it here
+        waited.append(how)
+        real(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    lock = files.take_lock(path, wait=True)
+    assert lock is not None and path.exists() and files.take_lock(path) is None
+    lock.release()
+    alone, both = files.fcntl.LOCK_EX, files.fcntl.LOCK_EX | files.fcntl.LOCK_NB
+    assert waited == [alone, alone, both], "who waits is not told at once"
+
+
+def test_what_is_synced_is_closed(tmp_path, monkeypatch):
+    closed, real = [], os.close
+    monkeypatch.setattr(files.os, "close", lambda handle: (closed.append(handle), real(handle)))
+    files.sync(tmp_path)
+    assert len(closed) == 1
+
+
+def test_a_disk_that_cannot_lock_is_no_other_holder(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        files.take_lock(tmp_path / "l")
+
+
+def test_a_folder_that_links_to_itself_is_listed_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert files.files_below(tmp_path) == [tmp_path / "a" / "x"]
+
+
+@pytest.mark.parametrize("name", ["C:\\x", "c:x", "a\\..\\b", "..", "/x", "\\x", "a/../b"])
+def test_names_that_leave_their_folder_on_any_system(name, tmp_path):
+    with pytest.raises(ValueError, match="is refused, since its path"):
+        files.inside(tmp_path, name)
+    assert files.inside(tmp_path, "a..b/c") == tmp_path / "a..b" / "c"

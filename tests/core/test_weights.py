@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from distill.core.records import _modern
 from distill.core.weights import (
     WeightsMismatchError,
     WeightsMissingError,
@@ -310,3 +311,9 @@ def test_a_shard_alone_is_told_from_a_wrong_network(tmp_path):
         read_state(tmp_path / "model-00001-of-00002.safetensors")
     safetensors.torch.save_file(RAW, tmp_path / "model-00001-of-00001.safetensors")
     assert read_state(tmp_path / "model-00001-of-00001.safetensors").keys() == RAW.keys()
+
+
+def test_names_of_python_2_are_those_that_torch_compares():
+    named = {"copy_reg._reconstructor": "copyreg._reconstructor", "__builtin__.long": "builtins.int"}
+    named |= {"__builtin__.set": "builtins.set", "collections.deque": "collections.deque"}
+    assert {name: _modern(name) for name in named} == named

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from distill.core.depth import Kind
+from distill.data import hdf5s, packing
 from distill.data.maps import BadMapError, read_map
 from distill.data.pairs import read_pairs
 from distill.eval.stored import BadPredictionError, read_prediction
@@ -232,3 +233,16 @@ def test_an_old_netcdf_and_numbers_beyond_float32_are_told(tmp_path, recwarn):
         read_map(tmp_path / "a.nc")
     np.save(tmp_path / "a.npy", BIG.astype(float) * 1e300)
     assert np.isinf(read_prediction(tmp_path / "a.npy", None)[0]).all() and not recwarn.list
+
+
+def test_a_declared_scale_is_the_callers_only_if_it_is_the_same_number():
+    stored = packing.packed(np.ones((2, 3), np.uint16), 0.001, 0.0)
+    assert packing.conflict(stored, 0.001) == "" == packing.conflict(stored, None)
+    assert "its numbers mean stored x 0.001 by its own" in packing.conflict(stored, 0.00101)
+    for notes in ({"add_offset": np.inf}, {"scale_factor": np.nan}, {"scale_factor": "metres"}):  # say nothing
+        assert packing.conflict(packing.by_netcdf(np.ones((2, 3)), notes), 1.0) == ""
+
+
+def test_whole_numbers_with_gaps_keep_all_their_digits():
+    filled = hdf5s._filled(np.array([-1, 16_777_217], np.int32), {"_FillValue": np.int32(-1)})
+    assert np.isnan(filled[0]) and int(filled[1]) == 16_777_217

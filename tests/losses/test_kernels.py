@@ -241,3 +241,23 @@ def test_statistics_on_the_card_and_both_losses_in_a_graph(loud):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_the_statistics_of_contexts_serve_the_gradient_only_if_they_are_the_whole_images(monkeypatch):
+    """And none but the kernels that were tried, with weights or without, on ranges cut no finer than they count."""
+    tried = []
+    monkeypatch.setattr(fused, "has_kernels", lambda values: True)
+    monkeypatch.setattr(fused, "_trusted", lambda name, device, trial: tried.append(name) or True)
+    monkeypatch.setattr(fused, "_contexts", lambda *maps, **how: ("losses", "live", "dead", "statistics"))
+    pred, target, valid = example(1, dtype=torch.float32)
+
+    def statistics(levels, label_only=False, weight=None):
+        found = fused.context_loss(pred, target, valid, weight, levels, trim_top=0.0, label_only=label_only)
+        return found and found[3]
+
+    assert statistics((1, 2, 4)) == "statistics" and statistics((4,)) is None
+    assert statistics((1, 2), label_only=True) is None
+    assert statistics((1, 16), weight=target) == "statistics" and len({*tried}) == 4
+    assert statistics((1, 32)) is None and len(tried) == 4, "finer than the first histogram"
+    statistics((1, 16))
+    assert len({*tried}) == 5, "with weights it is another kernel"

@@ -296,12 +296,17 @@ def test_feature_loss_ignores_tokens_above_the_margin():
     b[0, :, 0, 1] = torch.tensor([0.0, 1.0])
     assert feature_loss(a, b).item() == pytest.approx(1.0)
     assert feature_loss(a, a).item() == 0.0
+    near = torch.tensor([0.87, (1 - 0.87**2) ** 0.5])[None, :, None, None]  # a cosine of 0.87 with the first axis
+    axis = torch.tensor([1.0, 0.0])[None, :, None, None].requires_grad_()
+    assert feature_loss(near, axis).item() == 0.0 and not feature_loss(near, axis).requires_grad
+    assert feature_loss(near, axis, margin=0.9).item() == pytest.approx(0.13)
 
 
 def test_anchor_pulls_the_magnitude_to_the_labels():
     pred, target, valid = example(8)
     assert (anchor_loss(target + 9.0, target, valid) < 1e-9).all()
     torch.testing.assert_close(anchor_loss(target * torch.e, target, valid), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(anchor_loss(target * torch.e**2, target, valid), 4 * torch.ones(3, dtype=torch.float64))
     pred = (target * 10).requires_grad_()
     grad = torch.autograd.grad(anchor_loss(pred, target, valid).sum(), pred)[0]
     assert ((grad * pred).sum((-2, -1)) > 0).all()
@@ -311,3 +316,9 @@ def test_unknown_normalization_names_the_known_ones():
     pred, target, valid = example()
     with pytest.raises(LookupError, match="did you mean hybrid.*global, hybrid, local, none"):
         distillation_loss(pred, target, valid, "hybird")
+
+
+@pytest.mark.parametrize(("contexts", "number"), [("dr", 7), ("dp", 7), ("ds", 1 + 4 + 16)])
+def test_the_released_loss_says_how_many_contexts_it_has(contexts, number):
+    found = compare(*example(1, (1, 24, 24)), "hybrid", reference_hdn=True, contexts=contexts)
+    assert found.live.tolist() == [number] and found.dead.tolist() == [0]
