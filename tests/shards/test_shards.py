@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import tarfile
 
@@ -11,6 +12,7 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader
 
+from distill.core import machine
 from distill.core.depth import Kind, KindError
 from distill.shards.codec import decode_sample, encode_sample
 from distill.shards.handles import OpenTars
@@ -154,3 +156,19 @@ def test_collate_forgets_what_is_not_known_of_all_but_never_mixes_quantities():
         collate([metric, make_sample("c", kind=Kind.AFFINE_DEPTH)])
     with pytest.raises(ValueError, match="b-0 and a-0 cannot be in one batch"):
         collate([make_sample("a"), make_sample("b", teachers=("one",))])
+
+
+def test_few_tars_stay_open_and_one_that_is_dropped_can_be_read_to_its_end(tmp_path, monkeypatch):
+    """Another thread may be reading from it: the first to come is the first to go, but nobody closes it."""
+    for number in range(66):
+        (tmp_path / f"{number}.tar").write_bytes(bytes([number, 7]))
+    tars = OpenTars(tmp_path)
+    with monkeypatch.context() as few:
+        few.setattr(machine, "open_files", lambda: 8)  # of which they may take a quarter
+        assert [tars.read(f"{number}.tar", 0, 9) for number in (0, 1)] == [b"\0\7", b"\1\7"]
+        held = tars._open["0.tar"]
+        assert tars.read("2.tar", 1, 1) == b"\7" and [*tars._open] == ["1.tar", "2.tar"]
+        assert os.pread(held.fileno(), 1, 1) == b"\7"
+    monkeypatch.setattr(machine, "open_files", lambda: None)
+    assert [tars.read(f"{number}.tar", 0, 1)[0] for number in range(66)] == [*range(66)] and len(tars._open) == 64
+    assert pickle.loads(pickle.dumps(tars)).read("3.tar", 0, 1) == b"\3"
