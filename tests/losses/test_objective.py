@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from distill.core.crop_settings import CropSettings
 from distill.core.crops import cut_patches, cut_region, plan, sample_boxes, student_blocks
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
-from distill.losses.objective import Objective
+from distill.losses.losses import compare
+from distill.losses.objective import Objective, _nearer
 from distill.losses.settings import LossSettings
 from tests.losses.test_losses import INVARIANT
 
@@ -108,3 +111,68 @@ def test_labels_that_are_not_disparity_are_refused():
     pred, labels = ramp_labels("affine_depth")
     with pytest.raises(KindError, match="affine_depth"):
         Objective()(pred, labels)
+
+
+@pytest.mark.parametrize("where", ["patch", "student"])
+def test_a_pixel_that_an_average_gives_no_weight_says_nothing(where):
+    """Of region and patches: the teachers disagree in their lower halves, where the student is wrong."""
+    shared = DepthMap(torch.rand(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), Kind.AFFINE_DISPARITY)
+    weight = torch.ones(1, 8, 8)
+    weight[:, 4:] = 0.0
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0]]])
+    labels = Labels(shared, shared, boxes, weight, weight)
+    pred = shared.values.clone()
+    pred[:, 4:] += 1.0
+    raw = Objective(LossSettings(normalization="none", feature=0.0, gradient=0.0, patch_resolution=where))
+    for part in ("shared", "local_global"):
+        assert raw(pred, labels)[1][part].item() == pytest.approx(0.0, abs=1e-6)
+        assert raw(pred, replace(labels, shared_weight=None, local_weight=None))[1][part].item() > 0.4
+    assert raw(pred, replace(labels, local_weight=1 - weight))[1]["local_global"].item() == pytest.approx(1.0)
+
+
+def test_without_normalization_gradients_are_of_the_maps_as_they_are():
+    values = torch.rand(1, 16, 16)
+    shared = DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
+    labels = Labels(shared, None, torch.zeros(1, 0, 4))
+    for name, scale_counts in (("none", True), ("global", False)):
+        parts = Objective(LossSettings(normalization=name, feature=0.0))(3 * values, labels)[1]
+        assert (parts["gradient"].item() > 0.1) is scale_counts
+
+
+def test_a_label_at_the_largest_depth_still_teaches():
+    values = torch.tensor([[[10.0, 10.5], [0.0, 5.0]]])
+    kept = _nearer(DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.METRIC_DEPTH), 10.0)
+    assert kept.valid.tolist() == [[[True, False], [False, True]]]
+    inverse = torch.tensor([[[0.1, 0.09], [0.0, 0.2]]])
+    kept = _nearer(DepthMap(inverse, torch.ones_like(inverse, dtype=torch.bool), Kind.METRIC_DISPARITY), 10.0)
+    assert kept.valid.tolist() == [[[True, False], [False, True]]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"trim_top": 0.3}, {"label_only": True}, {"reference_hdn": True}, {"reference_hdn": True, "contexts": "dp"}],
+)
+def test_the_options_of_the_normalization_reach_it(options):
+    values, pred = torch.rand(2, 1, 24, 24)
+    shared = DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
+    labels = Labels(shared, None, torch.zeros(1, 0, 4))
+    settings = LossSettings(normalization="hybrid", feature=0.0, gradient=0.0, **options)
+    found = Objective(settings)(pred, labels)[1]["shared"]
+    assert torch.equal(found, compare(pred, values, shared.valid, "hybrid", **options).loss)
+    assert not torch.isclose(found, compare(pred, values, shared.valid, "hybrid").loss, rtol=1e-4)
+
+
+def test_only_metres_are_beyond_the_largest_depth():
+    objective = Objective(kind=Kind.METRIC_DEPTH, max_depth=10.0)
+    for kind, known in ((Kind.METRIC_DEPTH, False), (Kind.SCALE_DEPTH, True), (Kind.AFFINE_DISPARITY, True)):
+        shared = DepthMap(torch.full((1, 2, 2), 50.0), torch.ones(1, 2, 2, dtype=torch.bool), kind)
+        kept = objective._within(Labels(shared, shared, torch.zeros(1, 1, 4)))
+        assert bool(kept.shared.valid.any()) is bool(kept.local.valid.any()) is known
+
+
+def test_nothing_of_a_loss_is_computed_under_autocast(monkeypatch):
+    pred, labels = ramp_labels()
+    seen = lambda self, pred, *rest: (torch.is_autocast_enabled("cpu"), pred.dtype)  # noqa: E731
+    monkeypatch.setattr(Objective, "_sum", seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Objective()(pred.bfloat16(), labels) == (False, torch.float32)
