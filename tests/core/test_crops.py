@@ -222,3 +222,21 @@ def test_blocks_hold_every_student_pixel_of_a_patch(size):
 def test_no_boxes_give_no_blocks():
     blocks, within, number = crops.student_blocks(torch.zeros(2, 0, 4), 64)
     assert blocks.shape == within.shape == (2, 0, 4) and number == 0
+
+
+@pytest.mark.parametrize(("side", "rows"), [(559, 1), (560, 1), (561, 2), (1050, 2), (1051, 3)])
+def test_a_grid_has_no_more_patches_than_its_overlap_needs(side, rows):
+    assert len(crops._grid(side, 560, 0.125)) == rows**2
+
+
+def test_an_image_of_just_the_smallest_region_is_used_whole():
+    region = planned(644, 900, key="k", size=560, min_side=644).region
+    assert (region.top, region.side) == (0, 644)
+    with pytest.raises(crops.ImageTooSmallError, match="900x643 is smaller than the smallest crop, 644x644"):
+        planned(643, 900, key="k", size=560, min_side=644)
+
+
+def test_draws_are_the_same_in_every_version_and_of_their_parts_apart():
+    """Labels, orders and augmentations of old runs are made of these."""
+    assert crops.generator("crop", 0, "sa_1", 2).random() == 0.7041855916421046
+    assert crops.generator("a", 1, "23").random() != crops.generator("a", 12, "3").random()

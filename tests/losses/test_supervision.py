@@ -203,3 +203,17 @@ def test_a_term_of_an_installed_package_is_a_key_a_part_and_explained(tmp_path, 
     part, words = elsewhere(learnt_elsewhere, str(tmp_path))
     assert part == [8.0, 8.0] and words.startswith("loss.mine_power: number, default 2.0")
     assert "What it is raised to." in words
+
+
+def test_labels_are_known_by_their_patches_too_and_dense_from_a_quarter_on():
+    valid = torch.zeros(3, 4, 4, dtype=torch.bool)
+    valid[0, 1, 1] = True
+    of_patches = torch.zeros(6, 4, 4, dtype=torch.bool)
+    of_patches[3, 0, 0] = True  # the second patch of the second region
+    shared, local = (DepthMap(torch.ones(v.shape), v, Kind.METRIC_DEPTH) for v in (valid, of_patches))
+    assert Labels(shared, local, torch.zeros(3, 2, 4)).known.tolist() == [True, True, False]
+    assert Labels(shared, None, torch.zeros(3, 0, 4)).known.tolist() == [True, False, False]
+    for count, dense in ((4, True), (3, False)):
+        few = DepthMap(torch.ones(1, 4, 4), torch.arange(16).reshape(1, 4, 4) < count, Kind.METRIC_DEPTH)
+        assert Supervision.of(few, teacher="t", truth=True).dense is dense
+        assert Supervision.of(few, teacher="t", truth=False).dense
