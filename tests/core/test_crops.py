@@ -240,3 +240,14 @@ def test_draws_are_the_same_in_every_version_and_of_their_parts_apart():
     """Labels, orders and augmentations of old runs are made of these."""
     assert crops.generator("crop", 0, "sa_1", 2).random() == 0.7041855916421046
     assert crops.generator("a", 1, "23").random() != crops.generator("a", 12, "3").random()
+
+
+def test_the_short_side_is_native_and_a_strip_is_squashed():
+    assert crops.native_shape(100, 200, 50, 10) == (50, 100) == crops.native_shape(200, 100, 50, 10)[::-1]
+    assert crops.native_shape(1, 1000, 8, 4) == (8, 64), "eight to one at most"
+
+
+def test_a_region_that_is_no_square_is_cut_with_all_its_columns():
+    image = torch.arange(3 * 10 * 12).reshape(3, 10, 12)
+    plan = crops.Plan(crops.Square(1, 2, 4, 6), (), 4, 4, 6)
+    assert torch.equal(crops.cut_region(image, plan), image[:, 1:5, 2:8])

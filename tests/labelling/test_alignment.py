@@ -151,3 +151,48 @@ def test_a_fit_that_few_points_share_is_dropped():
         out, [fit] = align_maps(said, sparse(share=0.5, wrong=0.5), max_residual=0.3, min_inliers=least)
         assert fit["dropped"] is dropped and bool(out.valid.any()) is not dropped
         assert fit["residual"] < 0.1 and 0.3 < fit["inliers"] < 0.6
+
+
+def plain(noise: float = 0.0, size: int = 40):
+    """A map, and noise of a normal distribution to add to what is measured."""
+    g = torch.Generator().manual_seed(0)
+    return torch.rand(size, size, generator=g) + 0.5, noise * torch.randn(size, size, generator=g)
+
+
+def test_noise_is_no_outlier_and_what_is_not_finite_no_point():
+    x, noise = plain(0.05)
+    valid = torch.ones_like(x, dtype=torch.bool)
+    fit = fit_robustly(x, 2 * x + 1 + noise, valid, key="k")
+    assert (fit.scale, fit.shift) == pytest.approx((2.0, 1.0), abs=0.05) and fit.inliers > 0.98
+    holes, truth = x.clone(), 2 * x + 1
+    holes[:2], truth[3:5] = torch.nan, torch.inf
+    fit = fit_robustly(holes, truth, valid, key="k")
+    assert (fit.scale, fit.shift, fit.points) == (pytest.approx(2.0), pytest.approx(1.0), 36 * 40)
+
+
+def test_a_map_that_falls_where_the_truth_rises_is_never_turned_over():
+    x, noise = plain(1.0)
+    for spread in (0.05, 0.5, 1.0):
+        fit = fit_robustly(x, 3 - x + spread * noise, torch.ones_like(x, dtype=torch.bool), key="k")
+        assert (fit.scale, fit.residual) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("points", "fitted"), [(31, False), (32, True)])
+def test_a_fit_needs_its_points(points, fitted):
+    x, _ = plain()
+    few = (torch.arange(1600) < points).reshape(40, 40)
+    fit = fit_robustly(x, 2 * x + 1, few, key="k")
+    assert fit.points == points and (fit.scale > 0) is fitted
+
+
+def test_a_scale_alone_is_fitted_where_no_shift_is_unknown_and_the_limit_is_the_limit():
+    x, noise = plain(0.1)
+    valid = torch.ones(1, 40, 40, dtype=torch.bool)
+    truth = DepthMap((2 * x + 1 + noise)[None], valid, Kind.METRIC_DEPTH)
+    for kind, shift in ((Kind.SCALE_DEPTH, False), (Kind.AFFINE_DEPTH, True)):
+        said = DepthMap(x[None], valid, kind)
+        [fit] = align_maps(said, truth, max_residual=1.0, min_inliers=0.0)[1]
+        assert (fit["shift"] != 0.0) is shift and not fit["dropped"]
+        for times, dropped in ((0.99, True), (1.01, False)):
+            out, [again] = align_maps(said, truth, max_residual=times * fit["residual"], min_inliers=0.0)
+            assert again["dropped"] is dropped and bool(out.valid.any()) is not dropped
