@@ -303,3 +303,27 @@ def test_every_process_draws_the_same_teacher(elsewhere):
     assert {"p", "a"} == set(here) and here != [
         choose_teacher({"p": 0.7, "a": 0.3}, seed=6, step=step) for step in range(80)
     ]
+
+
+def test_what_the_primary_does_not_know_is_no_part_of_the_fit(scenes):
+    """And a few wild pixels pull it as little as Huber lets them."""
+    depth, valid, said, low, high = scenes
+    valid = valid.clone()
+    truth = 3.0 / depth
+    primary = valid.clone()
+    primary[:, 15:50] = False
+    wild = torch.where(primary, truth, 50.0)
+    wild[:, 60, :8] = 30 * truth[:, 60, :8]
+    said = said.clone()
+    said[:, 20, 30] = -100.0  # so near that no distance is left
+    affine, disparity = (DepthMap(maps, mask, kind) for maps, mask, kind in (
+        (said, valid, Kind.AFFINE_DEPTH), (wild, primary, Kind.AFFINE_DISPARITY)
+    ))  # fmt: skip
+    out, fits = bridge_map(affine, disparity, max_residual=1.0)
+    expected = ((high - low) / 3).flatten().tolist()
+    assert [fit["a"] for fit in fits] == pytest.approx(expected, rel=0.02)
+    valid[:, 20, 30] = False
+    assert torch.equal(out.valid, valid), "but labelled by the assistant alone"
+    holes = torch.where(primary, truth, torch.nan)
+    a, _, residual = fit_reciprocal(said, holes, valid)
+    assert a.tolist() == pytest.approx(expected, rel=1e-4) and (residual < 1e-3).all()

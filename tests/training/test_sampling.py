@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from distill import students
-from distill.core.depth import DepthMap
-from distill.core.labels import Labels
-from distill.training.label_choice import average_labels, choose_teacher
-from distill.training.sampling import MicroBatchPositions, Order, hold_out
-from distill.training.schedule import factor, make_optimizer, set_rates
+from distill.core.depth import DepthMap, Kind
+from distill.core.labels import Labels, Supervision
+from distill.training.label_choice import average_labels, choose_patches, choose_teacher
+from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
+from distill.training.schedule import factor, in_steps, make_optimizer, set_rates
 from tests.training.toys import KIND, settings
 
 
@@ -106,3 +107,74 @@ def test_blocks_before_the_last_learn_more_slowly():
             assert rate == pytest.approx(1e-3 * 0.5**3), name
         else:
             assert rate == 1e-3, name
+
+
+def test_what_is_drawn_is_what_was_drawn():
+    """A resumed run continues the stream that it began, whatever has changed in between."""
+
+    def stream(order, steps):
+        return [place.index for step in range(steps) for place in order.batch(step, 4)]
+
+    assert stream(Order(tuple(range(6)), 3), 3) == [2, 3, 1, 5, 4, 0, 2, 0, 3, 1, 5, 4]
+    weighted = [
+        make_order(range(8), [0] * 4 + [1] * 4, seed=seed, weights=(1.0, 2.0), temperature=1.0) for seed in (3, 4)
+    ]
+    assert stream(weighted[0], 5) == [1, 5, 0, 7, 6, 4, 2, 6, 3, 4, 5, 7, 6, 2, 5, 1, 0, 3, 7, 4]
+    assert stream(weighted[1], 3) == [6, 4, 2, 7, 0, 5, 1, 3, 3, 6, 7, 4]
+    drawn = [choose_teacher({"a": 0.5, "b": 0.5}, seed=seed, step=step) for seed in (1, 2) for step in range(8)]
+    assert "".join(drawn) == "aababbbabbaabbaa"
+    assert [choose_patches(2, seed, 7, 6) for seed in (0, 1)] == [[2, 3], [1, 3]]
+    assert choose_patches(3, 0, 7, 3) == [0, 1, 2]
+
+
+def test_even_batches_do_not_ask_how_many_images_a_source_has():
+    order = make_order(range(8), [0] * 6 + [1] * 2, seed=3, weights=(), temperature=1.0, even=4)
+    assert [share for _, share in order.sources] == [0.5, 0.5] and order.block == 4
+
+
+def test_a_run_of_one_batch_trains_and_its_data_are_its_keys_and_indices():
+    cut = {"accumulate": 1, "process": 0, "processes": 1, "steps": 1}
+    assert len(MicroBatchPositions(order=Order((0, 1), 0), batch_size=2, **cut)) == 1
+    with pytest.raises(ValueError, match="2 training samples are fewer than one batch of 3"):
+        MicroBatchPositions(order=Order((0, 1), 0), batch_size=3, **cut)
+    assert len({fingerprint(keys, indices) for keys in (["a", "b"], ["a", "c"]) for indices in ([0], [0, 1])}) == 4
+
+
+def test_an_average_weighs_teachers_by_share_and_pixels_by_agreement():
+    valid = torch.tensor([[[True, True, False]]])
+    boxes = torch.zeros(1, 1, 4)
+    maps = [DepthMap(torch.tensor([[row]]), valid, Kind.SCALE_DEPTH) for row in ([0.0, 2.0, 5.0], [1.0, 6.0, 5.0])]
+    a, b = (Labels(one, one, boxes, supervision=Supervision("t", one.kind, truth=True)) for one in maps)
+    found = average_labels({"a": a, "b": b}, {"a": 0.5, "b": 1.5, "c": 0.0}, aligned=False)
+    for mean, weight in ((found.shared, found.shared_weight), (found.local, found.local_weight)):
+        assert mean.values[0, 0, :2].tolist() == [0.75, 5.0] and mean.kind is Kind.AFFINE_DEPTH
+        torch.testing.assert_close(weight, torch.tensor([[[1 / 2, 1 / 5, 0.0]]]))
+    assert found.supervision.truth and found.supervision.teacher == "average"
+    alone = average_labels({"a": a, "b": replace(b, local=None)}, {"a": 0.5, "b": 0.5})
+    assert (
+        alone.local is None
+        and not average_labels(
+            {"a": a, "b": replace(b, supervision=Supervision("n", Kind.SCALE_DEPTH))}, {"a": 0.5, "b": 0.5}
+        ).supervision.truth
+    )
+
+
+def test_rates_reach_their_end_where_they_are_told_to():
+    early = settings(steps=100, warmup_steps=0, schedule="exponential", schedule_steps=50)
+    assert [factor(t, early) for t in (0, 25, 50, 99)] == pytest.approx([1.0, 0.1, 0.01, 0.01])
+
+
+def test_vectors_do_not_decay_and_the_moments_are_the_recipes():
+    student = torch.nn.Module()
+    student.decoder = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
+    optimizer = make_optimizer(student, settings(weight_decay=0.3, betas=(0.8, 0.9)))
+    decays = {p.ndim: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decays == {4: 0.3, 1: 0.0} and all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+
+
+def test_epochs_are_rounded_to_steps_and_leave_one_after_the_warm_up():
+    given = settings(epochs=5.0, batch_size=2, warmup_epochs=1.0)
+    assert (in_steps(given, 7).steps, in_steps(given, 7).warmup_steps) == (18, 4)
+    assert in_steps(replace(given, epochs=1.3), 3).steps == 2, "1.95 steps"
+    short = in_steps(replace(given, epochs=0.2, warmup_epochs=0.19), 7)
+    assert (short.steps, short.warmup_steps) == (1, 0)

@@ -31,6 +31,7 @@ def test_a_share_is_images_times_weight_to_the_power_of_one_over_the_temperature
     assert source_shares([8, 2], [1.0, 1.0], 1.0) == (0.8, 0.2)
     assert source_shares([8, 2], [1.0, 4.0], 1.0) == (0.5, 0.5)
     assert source_shares([9, 1], [1.0, 1.0], 2.0) == (0.75, 0.25)
+    assert source_shares([9, 1], [1.0, 9.0], 2.0) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("given", [{"weights": (1.0, 2.0, 5.0)}, {"temperature": 3.0}])
