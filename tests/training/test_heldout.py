@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from distill.training import train as train_module
-from distill.training.heldout import HeldOutSamples, evaluate, split
+from distill.training.heldout import HeldOutSamples, evaluate, is_best, split
 from distill.training.settings import TrainSettings
-from tests.training.toys import Toy, Toys, collate, run
+from tests.training.toys import Toy, Toys, collate, run, settings
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -50,3 +51,18 @@ def test_a_dataset_that_replaces_images_knows_which_are_held_out():
     assert told == [heldout] and heldout and not {*train} & {*heldout}
     split(Replacing(), Toys(), settings)
     assert told == [heldout], "another dataset is held out"
+
+
+def test_patience_counts_evaluations_since_the_best():
+    run_ = SimpleNamespace(step=0, best=None, evaluations_since_best=0)
+    counted = []
+    for step, loss in enumerate((3.0, 2.0, 2.0, float("nan"), 1.5)):
+        run_.step = step
+        counted.append((is_best(run_, {"heldout": loss}), run_.evaluations_since_best, run_.best["step"]))
+    assert counted == [(True, 0, 0), (True, 0, 1), (False, 1, 1), (False, 2, 1), (True, 0, 4)]
+
+
+def test_only_sources_of_no_weight_are_left_out_of_what_is_held_out():
+    toys = Toys(6, per_image=1)
+    toys.sources = [0, 1, 2] * 2
+    assert split(toys, toys, settings(source_weights=(1.0, 0.0, 0.5)))[1] == [0, 2, 3, 5]
