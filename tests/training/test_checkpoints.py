@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from distill.core.seal import sealed
 from distill.training import checkpoints
+from distill.training import resume as resume_module
 from distill.training.trainlog import StepLog, damaged, read
 from tests.training.toys import Toy, l1, losses_of, newest, run, save, steps_of
 
@@ -214,3 +215,14 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path):
     assert [e.step for e in events.Scalars("heldout")] == [2, 4]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses_of(tmp_path))
     assert "parts/shared" in events.Tags()["scalars"]
+
+
+def test_a_run_that_is_over_says_again_what_it_said_and_takes_a_new_limit_for_its_alarm(tmp_path, monkeypatch):
+    given = {"steps": 4, "save_every": 2, "val_fraction": 0.0}
+    first, _ = run(tmp_path, **given)
+    kept = []
+    monkeypatch.setattr(resume_module, "check_same", lambda made, saved: kept.append(made))
+    again, _ = run(tmp_path, alarm_growth=77.0, **given)
+    assert (again.loss, again.step) == (first.loss, 4) and math.isfinite(again.loss)
+    state = checkpoints.find(tmp_path)[-1].state["alarm"]
+    assert kept[0].alarm.growth == 77.0 and kept[0].alarm.state() == {**state, "growth": 77.0} and state["smoothed"] > 0
