@@ -7,7 +7,7 @@ import torch
 
 from distill import students
 from distill.students import checkpoint
-from distill.students.quantize import GROUP, dequantize, quantize
+from distill.students.quantize import GROUP, dequantize, pack, quantize
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -75,3 +75,25 @@ def test_a_student_in_four_bits_is_small_and_close(tmp_path):
     assert (one - other).abs().mean() < 0.6 * one.std()
     with pytest.raises(ValueError, match="4 bits or not at all"):
         checkpoint.save(student, tmp_path / "odd", bits=3)
+
+
+def test_four_bits_are_of_groups_of_64_and_an_encoders_first_layer_keeps_eight():
+    draw = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(64, 128, generator=draw) for name in ("a.weight", "e.patch_embed.proj.weight")}
+    tensors["large.weight"] = tensors["a.weight"] * 1e6  # float16 has no such number
+    out = pack(tensors, {name: value.shape for name, value in tensors.items()})
+    assert len(out["a.weight:codes"]) == 64 * 128 // 2 and len(out["a.weight:step"]) == 64 * 128 // 64
+    assert len(out["e.patch_embed.proj.weight:codes"]) == 64 * 128
+    assert torch.equal(out["large.weight"], tensors["large.weight"])
+
+
+def test_codes_fit_the_numbers_that_are_read_back_and_rare_extremes_do_not_set_the_step():
+    values = 1000 + torch.linspace(0, 3, 64)  # among float16's numbers are 1000, 1000.5, 1001
+    back = dequantize(quantize(values), values.shape)
+    assert (back - values).abs().max() < 0.2
+    tailed = torch.randn(64 * 256, generator=torch.Generator().manual_seed(0))
+    rows = tailed.reshape(-1, 64)
+    low, step = rows.amin(1, keepdim=True), (rows.amax(1, keepdim=True) - rows.amin(1, keepdim=True)) / 15
+    plain = ((rows - low) / step).round() * step + low
+    error = (dequantize(quantize(tailed), tailed.shape) - tailed).square().mean()
+    assert error < 0.88 * (plain - rows).square().mean(), "0.90 without the cuts"

@@ -266,3 +266,38 @@ def test_networks_of_the_same_parts_that_give_no_depth_are_refused(copy):
     safetensors.torch.save_file(state, folder / "unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(WeightsMismatchError, match="its UNet wants a task beside the image, as Lotus's"):
         genpercept.Teacher.load(str(folder))
+
+
+class LCMScheduler:
+    """Known by its name."""
+
+
+@pytest.mark.parametrize(
+    ("device", "scheduler", "together"),
+    [("cpu", None, [1] * 6), ("meta", None, [4, 2]), ("meta", LCMScheduler(), [1] * 6)],
+)
+@pytest.mark.parametrize("given", [True, False])
+def test_each_member_of_an_ensemble_has_its_own_noise(monkeypatch, device, scheduler, together, given):
+    """One by one on a CPU, as the authors compute them, and wherever members draw more noise on their way."""
+    teacher, seen, generators = object.__new__(marigold.Teacher), [], []
+    teacher.ensemble, teacher.scheduler = 6, scheduler
+
+    def denoise(context, noise, each):
+        assert len(context) == len(noise) == len(each)
+        seen.append(noise)
+        generators.extend(each)
+        return noise[:, 0]
+
+    teacher._denoise = denoise
+    monkeypatch.setattr(marigold, "combine", lambda members: members)
+    noise = torch.randn(6, 4, 2, 3, generator=torch.Generator().manual_seed(5))
+    drawn = torch.Generator().manual_seed(7)
+    out = teacher._members(torch.empty(4, 2, 3, device=device), noise if given else None, drawn)
+    again = torch.Generator().manual_seed(7)
+    expected = noise if given else torch.cat([torch.randn(1, 4, 2, 3, generator=again) for _ in range(6)])
+    assert [len(part) for part in seen] == together and torch.equal(torch.cat(seen), expected)
+    assert torch.equal(out, expected[:, 0]) and generators == [drawn] * 6
+
+
+def test_marigold_says_far_is_large():
+    assert {card.kind for card in marigold.CARDS} == {Kind.AFFINE_DEPTH}

@@ -17,6 +17,7 @@ from distill.teachers import (
     analytic,
     depth_anything_3,
 )
+from distill.teachers._sky import apply_sky
 from tests import tiny_teachers as tiny
 from tests.teachers.asking import load, one_line
 
@@ -208,3 +209,15 @@ name = "depth_anything_3"
 weights = "{weights}"
 options = {{ {options} }}
 """
+
+
+def test_sky_that_a_teacher_left_out_is_known_and_what_it_does_not_know_sets_no_far_value():
+    values = torch.full((1, 8, 8), 5.0)
+    values[:, 4:], values[:, 0] = 1.0, 1000.0
+    sky, valid = torch.zeros(1, 8, 8, dtype=torch.bool), torch.ones(1, 8, 8, dtype=torch.bool)
+    sky[:, 4:] = True
+    valid[:, 4:], valid[:, 0] = False, False  # the sky, and a row of nonsense beside it
+    far = apply_sky(DepthMap(values, valid, Kind.AFFINE_DEPTH), sky, "far")
+    assert (far.values[sky] == 5.0).all() and far.valid[sky].all() and not far.valid[:, 0].any()
+    zero = apply_sky(DepthMap(values, valid, Kind.AFFINE_DISPARITY), sky, "zero")
+    assert (zero.values[sky] == 0.0).all() and zero.valid[sky].all() and not zero.valid[:, 0].any()

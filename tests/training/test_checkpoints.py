@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from distill.core.seal import sealed
 from distill.training import checkpoints
 from distill.training import resume as resume_module
-from distill.training.trainlog import StepLog, damaged, read
+from distill.training.trainlog import StepLog, damaged, number, read
 from tests.training.toys import Toy, l1, losses_of, newest, run, save, steps_of
 
 
@@ -226,3 +226,24 @@ def test_a_run_that_is_over_says_again_what_it_said_and_takes_a_new_limit_for_it
     assert (again.loss, again.step) == (first.loss, 4) and math.isfinite(again.loss)
     state = checkpoints.find(tmp_path)[-1].state["alarm"]
     assert kept[0].alarm.growth == 77.0 and kept[0].alarm.state() == {**state, "growth": 77.0} and state["smoothed"] > 0
+
+
+def test_a_line_of_the_log_is_there_once_it_is_written(tmp_path, monkeypatch):
+    """Whoever is killed next; and on the disk before a checkpoint that goes on from it."""
+    log, synced = StepLog(tmp_path / "log.jsonl", last_step=0), []
+    log.write({"step": 1, "loss": 2.0})
+    assert read(tmp_path / "log.jsonl") == [{"step": 1, "loss": 2.0}]
+    monkeypatch.setattr("distill.training.trainlog.os.fsync", synced.append)
+    log.sync()
+    log.write({"step": 2, "loss": 1.0})
+    log.write({"step": 3, "loss": 0.5})
+    log.close()
+    assert len(synced) == 1
+    assert number(log.path, "loss", relative=True) == 0.25 and number(log.path, "loss") == 0.5
+    StepLog(log.path, last_step=2).close()
+    assert [line["step"] for line in read(log.path)] == [1, 2]
+    fresh = StepLog(log.path, last_step=0)
+    fresh.write({"step": 0, "heldout": 3.0})
+    fresh.close()
+    StepLog(log.path, last_step=0).close()  # a run without a checkpoint evaluates again before its first step
+    assert read(log.path) == []
