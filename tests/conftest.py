@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -69,6 +70,15 @@ def card(monkeypatch):
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return torch.device("cuda")
+
+
+@pytest.fixture
+def forked():
+    """Reading processes are forked, so that they have a test's patches and local classes; Python 3.14's are not."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("fork", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
 
 
 HERE = Path(__file__).parent / "golden"

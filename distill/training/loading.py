@@ -215,6 +215,8 @@ def loader_of(
     taken, before waiting for the processes.
     """
     workers = readers.processes
+    if workers and multiprocessing.get_start_method() == "forkserver":  # each process would import torch, for seconds
+        multiprocessing.set_forkserver_preload(["__main__", __name__])
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=batches,

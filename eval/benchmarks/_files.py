@@ -359,6 +359,7 @@ def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
     try:
         with file, opener(file) as packed:
             shutil.copyfileobj(packed, plain, 1 << 20)
+            plain.flush()  # it is read, and its size taken, by its descriptor
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         plain.close()
         raise OSError(f"{path}: could not be unpacked ({error}): the download was cut or the disk is full") from error

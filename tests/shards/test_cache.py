@@ -112,7 +112,7 @@ def spies(log: Path):
 
 
 @pytest.fixture
-def fetched(monkeypatch, tmp_path):
+def fetched(monkeypatch, tmp_path, forked):
     """What has been fetched by all processes: (name, bytes of tars then in the folder) each."""
     log = tmp_path / "fetched"
     for name, spy in zip(("_fetch", "_ranged"), spies(log), strict=True):

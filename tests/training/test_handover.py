@@ -95,7 +95,7 @@ def test_processes_that_wait_for_a_slot_end_with_the_run(labels, close):
     assert time.perf_counter() - start < 2
 
 
-def test_an_error_ends_the_processes_at_once(labels):
+def test_an_error_ends_the_processes_at_once(labels, forked):
     """That wait for a slot too, and though the error holds the frame that held them."""
     samples, handover = StreamSamples(labels, SETTINGS, training=True, coded=True), Handover(2, 1 << 20)
 
@@ -137,7 +137,7 @@ def test_reading_processes_end_with_one_that_is_killed():
     os.close(ours)
 
 
-def test_a_sample_that_cannot_be_read_is_an_error_as_ever(labels, tmp_path):
+def test_a_sample_that_cannot_be_read_is_an_error_as_ever(labels, tmp_path, forked):
     class Broken:
         def __getitem__(self, place):
             return OSError("cut short")

@@ -224,7 +224,7 @@ def test_settings_report_every_fault_at_once():
     ] == [True] * 5
 
 
-def test_a_sample_that_cannot_be_read_says_so_in_one_line(tmp_path):
+def test_a_sample_that_cannot_be_read_says_so_in_one_line(tmp_path, forked):
     class Broken(Toys):
         def __getitem__(self, index):
             raise OSError("labels-000.tar:image3-7 is damaged")
@@ -254,7 +254,7 @@ def test_affine_depth_is_refused_and_metric_depth_converted(tmp_path):
     assert steps_of(tmp_path / "b")[0]["label_median"] == pytest.approx(1.6, abs=0.2)
 
 
-def test_a_reading_process_that_dies_ends_the_run_in_a_line(tmp_path):
+def test_a_reading_process_that_dies_ends_the_run_in_a_line(tmp_path, forked):
     class Killed(Toys):
         def get(self, index, teachers, *, visit=None):
             if torch.utils.data.get_worker_info() is not None:
