@@ -53,10 +53,13 @@ def test_the_same_bits(labels, room, monkeypatch):
     """In more batches than there are slots; where none has room they go the usual way."""
     positions = positions_of(labels)
     samples, seen, handover = StreamSamples(labels, SETTINGS, training=True, coded=True), [], Handover(2, room)
-    freed, release = [], handover.release
-    monkeypatch.setattr(
-        handover, "release", lambda handed: (freed.append((handed.reader, handed.slot)), release(handed))
-    )
+    freed, release = [], Handover.release
+
+    def watched_release(self, handed):
+        freed.append((handed.reader, handed.slot))
+        release(self, handed)
+
+    monkeypatch.setattr(Handover, "release", watched_release)
     given = loader_of(samples, positions, Giving(collate_stored, handover), Readers(2))
 
     def watched():
