@@ -193,3 +193,14 @@ def test_the_lock_has_the_versions_that_were_tested():
     assert {p["source"]["registry"] for p in lock["package"] if "registry" in p["source"]} == {
         "https://pypi.org/simple"
     }
+
+
+def test_every_page_names_the_same_pythons():
+    first, beyond = re.search(
+        r'requires-python = ">=3\.(\d+),<3\.(\d+)"', (ROOT / "pyproject.toml").read_text()
+    ).groups()
+    stated = f"Python 3.{first} to 3.{int(beyond) - 1}"
+    for name in ("README.md", "docs/install.md", "Makefile"):
+        assert re.findall(r"Python 3\.\d+ to 3\.\d+", (ROOT / name).read_text()) == [stated], name
+    assert f"(3, {first}) <= sys.version_info < (3, {beyond})" in (ROOT / "Makefile").read_text()
+    assert f'requires-python = ">=3.{first}, <3.{beyond}"' in (ROOT / "uv.lock").read_text()
