@@ -16,6 +16,7 @@ def some_map(kind: str) -> DepthMap:
     values = torch.rand(2, 5, 7) + 0.5
     values[0, 0, 0] = -1.0
     values[0, 0, 1] = torch.nan
+    values[0, 0, 2:4] = torch.tensor([0.0, torch.inf])
     valid = torch.ones(2, 5, 7, dtype=torch.bool)
     valid[1, 0] = False
     return DepthMap(values, valid, Kind(kind))
@@ -26,7 +27,7 @@ def test_depth_and_disparity_invert_exactly_and_drop_what_is_not_positive(unknow
     depth = some_map(f"{unknown}_depth")
     disparity = depth.convert(f"{unknown}_disparity")
     assert disparity.kind == f"{unknown}_disparity"
-    assert not disparity.valid[0, 0, 0] and not disparity.valid[0, 0, 1] and not disparity.valid[1, 0].any()
+    assert not disparity.valid[0, 0, :4].any() and not disparity.valid[1, 0].any()
     ok = disparity.valid
     torch.testing.assert_close(disparity.values[ok], 1.0 / depth.values[ok])
     assert torch.isfinite(disparity.values).all()
@@ -41,6 +42,7 @@ def test_every_pair_of_kinds_is_either_lawful_or_refused_with_both_names(frm, to
     lawful = frm == to or (
         order.index(to.unknown) >= order.index(frm.unknown) and (frm.quantity == to.quantity or frm.unknown != "affine")
     )
+    assert frm.can_become(to) == lawful
     if lawful:
         assert some_map(frm).convert(to).kind == to
     else:
@@ -94,6 +96,12 @@ def test_fit_is_numpys_least_squares_for_every_image_alone():
         p, t = pred[b][valid[b]].numpy(), target[b][valid[b]].numpy()
         expected = np.linalg.lstsq(np.stack([p, np.ones_like(p)], 1), t, rcond=None)[0]
         np.testing.assert_allclose([scale[b], shift[b]], expected, atol=1e-5)
+
+
+def test_a_fit_of_nearly_one_value_far_from_zero_keeps_its_digits():
+    pred = (2**23 + torch.arange(16.0)).reshape(1, 4, 4)  # their sum is no float32, their spread 3e-13 of their square
+    scale, shift = fit_affine(pred, 3 * (pred - 2**23), torch.ones(1, 4, 4, dtype=torch.bool))
+    assert (scale.item(), shift.item()) == (3.0, -3.0 * 2**23)
 
 
 def test_degenerate_fits_are_numpys_minimum_norm_solution():
