@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
+from dataclasses import replace
 
 import imagecodecs
 import numpy as np
@@ -11,8 +13,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from distill.shards.codec import CODECS, MAX_ERROR, decode_map, encode_map
+from distill.core.codes import LAST
+from distill.core.depth import DepthMap, Kind
+from distill.core.labels import Labels, Supervision
+from distill.shards.codec import (
+    CODECS,
+    MAX_ERROR,
+    collate,
+    decode_map,
+    decode_sample,
+    dump_json,
+    encode_map,
+    encode_sample,
+    read_codes,
+)
 from distill.shards.shards import (
     LabelDataset,
     verify,
@@ -116,3 +132,68 @@ def test_every_codec_makes_a_folder_that_reads_back(tmp_path, codec):
     for got, want in zip(LabelDataset(folder), samples, strict=True):
         assert got.record["codec"] == codec
         same_map(got.labels["one"].local, want.labels["one"].local)
+
+
+def members_of(sample):
+    return {name.removeprefix(f"{sample.key}."): data for name, data in encode_sample(sample)}
+
+
+def test_codes_are_rounded_once_from_the_exact_place_in_the_range():
+    values = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    data, said = encode_map(values, values > 0, codec="png16")
+    exact = values.double()
+    unit = (exact - exact.min()) / (exact.max() - exact.min())
+    first = CODECS["png16"].first
+    assert torch.equal(
+        torch.from_numpy(read_codes(data, said, codec="png16", where="").astype(np.int64)),
+        (first + unit * (LAST - first)).round().long(),
+    )
+
+
+def test_equal_content_gives_equal_bytes():
+    assert dump_json({"b": 1, "a": {"d": 1, "c": 2}}) == b'{"a":{"c":2,"d":1},"b":1}'
+    data, _ = encode_map(torch.rand(3, 3), torch.ones(3, 3, dtype=torch.bool), codec="float16")
+    assert data[:2] == b"\x1f\x8b" and data[4:8] == bytes(4)  # gzip would write the time there
+
+
+def test_the_stored_region_keeps_the_resolution_of_its_colours():
+    sample = make_sample()
+    columns = torch.tensor([[255, 0], [0, 255], [0, 0]], dtype=torch.uint8).repeat(1, 8)  # red and green in turn
+    stored = Image.open(io.BytesIO(members_of(replace(sample, image=columns[:, None].repeat(1, 16, 1)))["jpg"]))
+    assert np.abs(np.array(stored).astype(int) - columns.T.numpy()).max() < 32
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_of_a_sample_the_chosen_patches_are_read_with_their_boxes(coded):
+    sample = make_sample(patches=3)
+    read = decode_sample(members_of(sample), patches=lambda count: [count - 1, 0], coded=coded).answers["one"]
+    assert torch.equal(read.boxes, sample.labels["one"].boxes[:, [2, 0]])
+    local = sample.labels["one"].local
+    same_map((read.decode() if coded else read).local, DepthMap(local.values[[2, 0]], local.valid[[2, 0]], local.kind))
+
+
+def test_what_was_said_of_a_teacher_tells_truth_from_answers_and_sparse_truth_from_dense():
+    shared = DepthMap(torch.rand(1, 16, 16) + 1, torch.zeros(1, 16, 16, dtype=torch.bool), Kind.METRIC_DEPTH)
+    for valid, entry, truth, dense in [
+        (64, {}, True, True),
+        (63, {}, True, False),
+        (63, {"card": {"license": "x"}}, False, True),
+        (63, {"corruptions": ["x"]}, False, True),
+    ]:
+        shared.valid.view(-1)[:] = torch.arange(256) < valid
+        sample = make_sample(teachers=())
+        sample.labels["one"] = Labels(shared, None, torch.zeros(1, 0, 4))
+        read = decode_sample(members_of(replace(sample, record={**sample.record, "labels": {"one": entry}})))
+        assert entry.items() <= read.record["labels"]["one"].items()
+        assert read.labels["one"].supervision == Supervision("one", Kind.METRIC_DEPTH, truth, dense)
+
+
+def test_a_batch_is_truth_where_all_of_it_is_and_of_one_size():
+    first, second = make_sample(teachers=("one",)), make_sample("sa_2", teachers=("one",))
+    for truths in ((True, True), (True, False), (False, True)):
+        for sample, truth in zip((first, second), truths, strict=True):
+            labels = sample.labels["one"]
+            sample.labels["one"] = replace(labels, supervision=replace(labels.supervision, truth=truth))
+        assert collate([first, second]).labels["one"].supervision.truth is all(truths)
+    with pytest.raises(ValueError, match=r"sa_2-0 and sa_1-0 cannot be in one batch"):
+        collate([first, replace(second, image=second.image[:, :8])])
