@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from distill.core.seal import sealed
 from distill.training import checkpoints
 from distill.training import resume as resume_module
+from distill.training.settings import CHANGEABLE, TrainSettings
+from distill.training.step import Measured
 from distill.training.trainlog import StepLog, damaged, number, read
 from tests.training.toys import Toy, l1, losses_of, newest, run, save, steps_of
 
@@ -58,6 +60,8 @@ def test_averaged_weights_are_evaluated_kept_and_resumed(tmp_path):
     tensors, written = newest(tmp_path / "a"), load_file(tmp_path / "a/student/model.safetensors")
     assert torch.equal(written["decoder.weight"], tensors["ema/module.decoder.weight"])
     assert not torch.equal(written["decoder.weight"], tensors["student/decoder.weight"])
+    kept = load_file(checkpoints.find(tmp_path / "a")[-1].folder / "student/model.safetensors")
+    assert all(torch.equal(value, tensors[f"ema/module.{name}"]) for name, value in kept.items())
 
     def stop(done, total, **numbers):
         if done == 15:
@@ -69,7 +73,7 @@ def test_averaged_weights_are_evaluated_kept_and_resumed(tmp_path):
     assert all(torch.equal(newest(tmp_path / "b")[name], value) for name, value in tensors.items())
 
 
-@pytest.mark.parametrize("damage", ["header", "tensors", "student", "files", "step", "nul"])
+@pytest.mark.parametrize("damage", ["header", "tensors", "student", "files", "step", "digit", "nul"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     whole = run(tmp_path, keep_last=3, val_fraction=0.0)[1].state_dict()
     last = checkpoints.folder_of(tmp_path, 20)
@@ -81,7 +85,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     else:
         state = json.loads((last / "state.json").read_text())
         changed = {"files": {**state, "files": None}, "step": {k: v for k, v in state.items() if k != "step"}}
-        text = "" if damage == "nul" else json.dumps({k: v for k, v in changed[damage].items() if k != "sha256"})
+        changed = {name: {k: v for k, v in table.items() if k != "sha256"} for name, table in changed.items()}
+        changed["digit"] = {**state, "loss": state["loss"] + 1.0}
+        text = "" if damage == "nul" else json.dumps(changed[damage])
         (last / "state.json").write_text(text or "\0" * 50)
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write("\0" * 40 + "\n")
@@ -137,7 +143,7 @@ def test_the_best_checkpoint_that_is_damaged_is_no_longer_the_best(tmp_path):
     assert result.selected_step == 10 and "the checkpoint of step 2 is skipped" in told[0]
 
 
-@pytest.mark.parametrize(("before", "given"), [(2, {}), (1, {}), (2, {"batchnorm": "frozen"})])
+@pytest.mark.parametrize(("before", "given"), [(2, {"accumulate": 2}), (1, {}), (2, {"batchnorm": "frozen"})])
 def test_a_resume_on_another_number_of_processes_says_what_batchnorm_makes_of_it(tmp_path, before, given):
     def stop(done, total, **numbers):
         if done == 5:
@@ -149,8 +155,8 @@ def test_a_resume_on_another_number_of_processes_says_what_batchnorm_makes_of_it
     (tmp_path / "run.json").write_text(json.dumps({**table, "processes": before}))
     told = []
     run(tmp_path, student=Toy(batchnorm=True), save_every=4, tell=told.append, **given)
-    said = "this run had 2 processes before and has 1 now: BatchNorm sees 8 images at once, not 4"
-    assert [line.startswith(said) for line in told] == ([True] if before == 2 and not given else [])
+    said = "this run had 2 processes before and has 1 now: BatchNorm sees 4 images at once, not 2"
+    assert [line.startswith(said) for line in told] == ([True] if "accumulate" in given else [])
 
 
 def test_a_checkpoint_of_a_newer_version_is_not_thrown_away(tmp_path):
@@ -247,3 +253,56 @@ def test_a_line_of_the_log_is_there_once_it_is_written(tmp_path, monkeypatch):
     fresh.close()
     StepLog(log.path, last_step=0).close()  # a run without a checkpoint evaluates again before its first step
     assert read(log.path) == []
+
+
+def test_another_machine_gets_every_byte_of_a_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path / "main", steps=4, save_every=2, val_fraction=0.0)
+    monkeypatch.setattr(checkpoints, "_PIECE", 100)
+    sent = []
+    checkpoints.hand_out(tmp_path / "main", 4, share=lambda value: sent.append(value) or value, main=True, writes=True)
+    arriving = iter(sent)
+    checkpoints.hand_out(tmp_path / "other", 4, share=lambda value: next(arriving), main=False, writes=True)
+    theirs, ours = (checkpoints.folder_of(tmp_path / name, 4) for name in ("main", "other"))
+    names = sorted(path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(ours) for path in ours.rglob("*") if path.is_file()) and len(names) == 4
+    assert all((theirs / name).read_bytes() == (ours / name).read_bytes() for name in names)
+    assert checkpoints.find(tmp_path / "other")[0].step == 4 and len(sent) > 20
+
+
+def test_what_a_checkpoint_will_take_is_the_student_twice_and_two_numbers_for_all_that_learns():
+    student = Toy()
+    assert checkpoints.bytes_of(student) == 4 * 4 * 27
+    student.encoder.requires_grad_(False)
+    assert checkpoints.bytes_of(student) == 4 * (2 * 27 + 2 * 19)
+
+
+def test_the_log_and_all_else_that_was_computed_are_on_the_disk_before_the_checkpoint(tmp_path, monkeypatch):
+    done: list[str] = []
+    monkeypatch.setattr(StepLog, "sync", lambda log: done.append("log"))
+    real = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda *given, **named: done.append("save") or real(*given, **named))
+
+    class Task:
+        def __call__(self, module, micro, *, precision):
+            pred = module(micro.images)
+            return Measured(pred.abs().mean((1, 2)), {}, pred)
+
+        def keep(self):
+            done.append("task")
+
+    run(tmp_path, objective=Task(), steps=4, save_every=2, val_fraction=0.0)
+    assert done[:6] == ["task", "log", "save"] * 2
+
+
+def test_a_checkpoint_of_before_a_setting_was_there_had_its_default(tmp_path):
+    given = {"steps": 4, "save_every": 4, "val_fraction": 0.0}
+    run(tmp_path, **given)
+    path = checkpoints.folder_of(tmp_path, 4) / "state.json"
+    state = json.loads(path.read_text())
+    defaults = TrainSettings().as_dict()
+    kept = {k: v for k, v in state["settings"].items() if k in CHANGEABLE or v != defaults[k]}
+    assert 10 < len(kept) < len(state["settings"]) - 5
+    path.write_text(json.dumps(sealed({**state, "settings": kept})))
+    assert run(tmp_path, **given)[0].step == 4
+    with pytest.raises(ValueError, match="rotation = 5.0, not 0.0"):
+        run(tmp_path, **given, rotation=5.0)

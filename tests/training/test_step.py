@@ -1,0 +1,200 @@
+"""What one step draws, averages, holds still and says in its line."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from distill.core.crops import generator
+from distill.core.depth import DepthMap, Kind
+from distill.core.labels import Labels
+from distill.training import step
+from distill.training.averages import Averages
+from distill.training.batches import MicroBatch, TaughtRows
+from distill.training.schedule import make_optimizer
+from distill.training.trainlog import ScaleAlarm
+from tests.training.toys import KIND, SIZE, Toy, settings
+
+
+def some_run(out, *, student=None, objective=None, **given) -> step.TrainingRun:
+    """A run of this process alone, before its first step."""
+    student, asked = student or Toy(), settings(val_fraction=0.0, **given)
+    processes = step.Processes(
+        index=0,
+        count=1,
+        device=torch.device("cpu"),
+        add=lambda values: values,
+        gather=lambda names: names,
+        share=lambda value: value,
+        wait=lambda: None,
+        without_exchange=lambda model: nullcontext(),
+        track=lambda numbers, number: None,
+    )
+    run = step.TrainingRun(
+        processes=processes,
+        settings=asked,
+        out=out,
+        student=student,
+        model=student,
+        optimizer=make_optimizer(student, asked),
+        ema=None,
+        reference=None,
+        objective=objective or plain,
+        alarm=ScaleAlarm(growth=10.0),
+        save_student=lambda *given: None,
+    )
+    step.set_mode(run)
+    return run
+
+
+def plain(pred, labels, features=None, teacher_features=None):
+    """A loss of the prediction alone; those that learn from KIND have one more part."""
+    loss = pred.abs().mean((1, 2))
+    more = {"more": 3 * loss} if labels.shared.kind is KIND else {}
+    return loss, {"shared": loss, **more}
+
+
+def flat(values, kind=KIND) -> Labels:
+    """Labels of one value per image; None: nothing is valid."""
+    known = torch.tensor([value is not None for value in values])[:, None, None].expand(-1, SIZE, SIZE)
+    maps = torch.tensor([value or 0.0 for value in values])[:, None, None].expand(-1, SIZE, SIZE)
+    return Labels(DepthMap(maps, known, kind), None, torch.zeros(len(values), 0, 4))
+
+
+def mixed() -> MicroBatch:
+    """Four images of one value each, 5, 1, 2 and 0: two learn from metric depth, two from KIND."""
+    images = torch.tensor([5.0, 1.0, 2.0, 0.0])[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+    taught = (
+        TaughtRows(torch.tensor([1, 3]), flat([None, None], Kind.METRIC_DEPTH), "metres"),
+        TaughtRows(torch.tensor([0, 2]), flat([7.0, None]), "shape"),
+    )
+    return MicroBatch(("a", "b", "c", "d"), images, taught, (0, 1, 2, 3))
+
+
+def noise(number: int, count: int = 8) -> MicroBatch:
+    images = torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(number))
+    taught = TaughtRows(None, flat([1.0] * count), "shape")
+    return MicroBatch(tuple(map(str, range(count))), images, (taught,), tuple(range(count)))
+
+
+class Same(Toy):
+    """A student that gives its image back, times a trained one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(1, 1, 1, bias=False), nn.Identity()
+        nn.init.ones_(self.encoder.weight)
+
+    def forward(self, images):
+        return self.encoder(images[:, :1])[:, 0]
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_losses_stand_in_the_order_of_the_images_and_say_which_of_them_learn(tmp_path):
+    run = some_run(tmp_path, student=Same())
+    found = step.measure(run, run.student.eval(), mixed())
+    assert found.losses.tolist() == [5.0, 1.0, 2.0, 0.0]
+    # "b" and "c" have no label and yet a loss, as of features; "d" has neither.
+    assert found.taught.tolist() == [True, True, True, False]
+    alone = MicroBatch(("a",), mixed().images[3:], (TaughtRows(None, flat([7.0]), "shape"),), (0,))
+    assert step.measure(run, run.student, alone).taught.tolist() == [True], "a loss of zero that labels gave"
+
+
+def test_a_line_averages_each_number_over_the_images_that_have_it(tmp_path):
+    run = some_run(tmp_path, student=Same(), batch_size=4)
+    line = step.take_step(run, iter([mixed()]))
+    assert line["loss"] == 2.0 and line["parts"] == {"shared": 2.0, "more": pytest.approx(3 * 3.5)}
+    assert line["teachers"] == {"metres": {"loss": 0.5, "images": 2}, "shape": {"loss": 3.5, "images": 2}}
+    assert (line["output_median"], line["output_deviation"]) == (2.0, 0.0)
+    assert (line["label_median"], line["label_deviation"]) == (7.0, 0.0), "of the one image with labels"
+
+
+def test_labels_of_another_kind_than_the_students_are_not_in_the_lines_statistics(tmp_path):
+    micro = mixed()
+    metres = TaughtRows(micro.taught[0].rows, flat([90.0, 90.0], Kind.METRIC_DEPTH), "metres")
+    batch = MicroBatch(micro.keys, micro.images, (metres, micro.taught[1]), micro.positions)
+    run = some_run(tmp_path, student=Same(), batch_size=4, kind=str(KIND))
+    assert step.take_step(run, iter([batch]))["label_median"] == 7.0
+
+
+def test_the_rate_is_of_all_steps_since_the_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "_has_line", lambda run: run.step % 3 == 2)
+    run, before = some_run(tmp_path), 0.0
+    for run.step in range(6):
+        line = step.take_step(run, iter([noise(run.step)]))
+        assert (line is None) is (run.step not in (2, 5))
+        if line is not None:
+            assert line["images_per_s"] * line["seconds"] == pytest.approx(8)
+            assert line["seconds"] == pytest.approx((run.seconds - before) / 3)
+            before = run.seconds
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_only_the_student_runs_in_the_precision_that_is_asked_for(tmp_path, precision):
+    seen = []
+
+    class Telling(Toy):
+        def forward(self, images):
+            seen.append(self.encoder(images).dtype)
+            return super().forward(images)
+
+    def objective(pred, labels, features=None, teacher_features=None):
+        seen.extend([pred.dtype, (pred.flatten(1) @ pred.flatten(1).T).dtype])
+        return plain(pred, labels)
+
+    run = some_run(tmp_path, student=Telling(), objective=objective, precision=precision)
+    step.measure(run, run.student, noise(0))
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32, torch.float32, torch.float32]
+
+
+# --- what is drawn and applied ----------------------------------------------------------------------------------------
+
+
+def test_the_seed_is_of_the_run_the_step_the_process_and_the_part(tmp_path, monkeypatch):
+    seeds: list[int] = []
+    monkeypatch.setattr(step, "_seed", lambda seed, device: seeds.append(seed))
+    run = some_run(tmp_path, accumulate=2, seed=5)
+    for run.step in range(2):
+        step.take_step(run, iter([noise(0, 4), noise(1, 4)]))
+    wanted = [int(generator("step", 5, at, 0, part).integers(2**62)) for at in range(2) for part in range(2)]
+    assert seeds == wanted and len({*wanted}) == 4
+
+
+def test_the_gradient_is_cut_to_the_norm_that_is_asked_for_and_the_line_has_the_whole(tmp_path):
+    norms = []
+    for clip in (1e-3, 0.0):
+        run = some_run(tmp_path, clip_norm=clip)
+        line = step.take_step(run, iter([noise(0)]))
+        norms.append((line["grad_norm"], nn.utils.get_total_norm([p.grad for p in run.parameters]).item()))
+    (whole, cut), (plain_norm, uncut) = norms
+    assert whole == plain_norm == pytest.approx(uncut) and uncut > 0.01 and cut == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_averages_follow_every_step(tmp_path):
+    run = some_run(tmp_path)
+    run.ema = Averages(run.student, 0.5)
+    for run.step in range(2):
+        step.take_step(run, iter([noise(run.step)]))
+        if run.step == 0:
+            first = run.student.decoder.weight.detach().clone()
+            assert torch.equal(run.ema.module.decoder.weight, first)
+    assert int(run.ema.n_averaged) == 2 and not torch.equal(run.ema.module.decoder.weight, first)
+
+
+def test_what_does_not_learn_holds_still(tmp_path):
+    run = some_run(tmp_path, student=Toy(batchnorm=True), freeze_steps=2)
+    for run.step, learns in enumerate([False, False, True]):
+        step.set_mode(run)
+        encoder = run.student.encoder
+        assert encoder.training is encoder[1].training is learns and run.student.decoder.training
+        assert all(p.requires_grad is learns for p in encoder.parameters())
+        assert all(p.requires_grad for p in run.student.decoder.parameters())
+    run = some_run(tmp_path, student=Toy(batchnorm=True), batchnorm="frozen")
+    assert run.student.encoder.training and not run.student.encoder[1].training
+    run = some_run(tmp_path, student=Toy(batchnorm=True), freeze_encoder=True)
+    assert not run.student.encoder.training and run.student.decoder.training
