@@ -148,6 +148,10 @@ def read_shard(path: str | Path, *, teachers: Sequence[str] | None = None) -> It
     except tarfile.TarError as error:
         reason = str(error.args[0]).partition(" @ ")[0]  # webdataset appends its own objects
         raise OSError(f"{path} is damaged ({reason}); {REPAIR}") from error
+    except ValueError as error:
+        if "duplicate file name" not in str(error):  # webdataset's, of two samples in a row with one key
+            raise
+        raise OSError(f"{path} is damaged ({str(error.args[0]).partition(':')[0]} occurs twice); {REPAIR}") from error
 
 
 def shard_index(path: Path) -> list[tuple[str, int, int]]:

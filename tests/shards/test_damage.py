@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 
 import numpy as np
@@ -47,6 +48,14 @@ def test_a_tar_goes_to_the_disk_while_it_is_written(tmp_path, monkeypatch):
     starts = [start for start, _ in sent]
     assert len(sent) > 2 and starts == [sum(length for _, length in sent[:i]) for i in range(len(sent))]
     assert size - 11_000 < starts[-1] + sent[-1][1] <= size
+
+
+def test_a_tar_is_synced_once_all_of_it_is_in_the_file(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(shards.os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
+    with ShardWriter(tmp_path / "a-000.tar") as writer:
+        writer.add("k-0", [("k-0.jpg", bytes(7000))])  # so that its end is still in the file's buffer
+        assert synced == [] and writer.close()["bytes"] == 10240 and synced == [10240]
 
 
 def test_a_full_disk_names_the_tar_and_the_way_on(tmp_path, monkeypatch):
@@ -261,3 +270,34 @@ def test_a_table_that_was_changed_is_seen(folder):
     assert any("its own checksum" in line for line in verify(folder))
     path.write_text(json.dumps({key: value for key, value in table.items() if key != "sha256"}))
     assert len(LabelDataset(folder)) == 3
+
+
+def test_a_tar_that_is_cut_while_it_is_open_and_a_key_that_occurs_twice_are_named(folder, tmp_path):
+    dataset, tar = LabelDataset(folder), folder / "sa_0-000.tar"
+    os.truncate(tar, dataset._places[2][1] + 512)
+    with pytest.raises(OSError, match="sa_0-000.tar:sa_2-0 is damaged: the tar ends too early"):
+        dataset[2]
+    twice = write(tmp_path / "twice", [make_sample(), make_sample("sa_2"), make_sample(seed=1)])
+    assert verify(twice) == [f"{twice / 'sa_0-000.tar'}: a key occurs twice", *verify(twice)[1:]]
+    twice = write(tmp_path / "in a row", [make_sample(), make_sample(seed=1)])
+    assert f"{twice / 'sa_0-000.tar'} is damaged (sa_1-0.jpg occurs twice)" in verify(twice)[0]
+
+
+def test_a_manifest_is_not_believed_in_what_its_checksum_denies_nor_in_names_that_lead_elsewhere(folder):
+    """What it says of its version is no reason to ask for an upgrade, while `verify` reads what else is damaged."""
+    path = folder / "manifest.json"
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps({**good, "version": 2}))
+    with pytest.raises(shards.DamagedTableError, match="does not agree with its own checksum"):
+        shards.read_manifest(folder, whole=False)
+    for name in (".claim.tar", "../a.tar", "a/b.tar", "a\\b.tar", "a.txt"):
+        path.write_text(json.dumps(sealed({**good, "shards": [{**good["shards"][0], "name": name}]})))
+        with pytest.raises(ValueError, match="which is no .tar of its own folder: refused"):
+            shards.read_manifest(folder)
+
+
+def test_labels_that_were_published_without_photographs_say_so(folder):
+    (folder / "regions.jsonl").touch()
+    for read in (LabelDataset, verify):
+        with pytest.raises(ValueError, match="published without its photographs"):
+            read(folder)

@@ -101,6 +101,18 @@ def test_teachers_and_keys_can_be_chosen(folder):
         LabelDataset(folder, keys=["sa_9"])
 
 
+def test_the_manifest_says_of_each_tar_whose_labels_and_which_images_it_holds(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert LabelDataset(folder).sources == [0, 0, 0] and LabelDataset(folder).teachers_of(0) == ["one", "two"]
+    manifest["shards"][0] |= {"image_source": 3, "teachers": ["two", "one"]}
+    write_manifest(folder, manifest)
+    assert LabelDataset(folder).sources == [3, 3, 3] and LabelDataset(folder).teachers_of(0) == ["one", "two"]
+    manifest["shards"][0]["teachers"] = ["two"]
+    write_manifest(folder, manifest)
+    assert LabelDataset(folder).teachers_of(2) == ["two"] and list(LabelDataset(folder)[2].labels) == ["two"]
+    assert LabelDataset(folder, teachers=["one"]).teachers_of(2) == []
+
+
 def test_a_key_in_two_tars_is_read_once(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "sa_1-000.tar").write_bytes((folder / "sa_0-000.tar").read_bytes())
