@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from threading import Event
 
 import numpy as np
 import pytest
@@ -11,9 +13,20 @@ import torch
 from distill.core import crops
 from distill.core.depth import DepthMap, Kind
 from distill.data import sources
-from distill.data.sources import Photo
+from distill.data.sources import Entry, InputShard, Photo, Rejected, Scan
+from distill.labelling.finishing import stored
 from distill.labelling.jobs import plan_photo
-from distill.labelling.run import TRUTH, LabelSettings, label, label_photo, labels_hash
+from distill.labelling.parts import line_of
+from distill.labelling.run import (
+    TRUTH,
+    LabelSettings,
+    PartSettings,
+    _own_parts,
+    label,
+    label_photo,
+    labels_hash,
+    part_sizes,
+)
 from distill.shards.codec import MAX_ERROR
 from distill.shards.shards import LabelDataset, read_manifest, verify
 from tests.data.pictures import encoded, pack, picture
@@ -66,7 +79,7 @@ def test_manifest_tells_everything(tars, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "store", "stored"),
+    ("kind", "store", "kept"),
     [
         (Kind.METRIC_DEPTH, "disparity", Kind.METRIC_DISPARITY),
         (Kind.SCALE_DEPTH, "as_is", Kind.SCALE_DEPTH),
@@ -74,15 +87,64 @@ def test_manifest_tells_everything(tars, tmp_path):
         (Kind.AFFINE_DISPARITY, "disparity", Kind.AFFINE_DISPARITY),
     ],
 )
-def test_kinds_are_stored_as_lawful(kind, store, stored):
+def test_kinds_are_stored_as_lawful(kind, store, kept):
     rgb = torch.from_numpy(np.array(picture())).permute(2, 0, 1)
     sample = label_photo(
         Photo("a", rgb, None, "a"), [("t", Formula(kind))], crops=CROPS, labels=LabelSettings(store=store)
     )
-    assert sample.labels["t"].shared.kind == sample.labels["t"].local.kind == stored
+    assert sample.labels["t"].shared.kind == sample.labels["t"].local.kind == kept
+
+
+def test_the_seed_of_a_run_draws_its_crops(tars):
+    (entry, *_), asked = tars[1].scan().entries, replace(CROPS, crops_per_image=2)
+    settings = PartSettings([("t", Formula())], asked, LabelSettings(), 5, torch.device("cpu"), (), Event())
+    jobs = settings.jobs(entry)
+    plans = [plan_photo(entry.load(), asked, seed=5, draw=draw) for draw in (0, 1)]
+    assert [job.record["seed"] for job in jobs] == [5, 5] and len(jobs) == 2
+    for job, plan in zip(jobs, plans, strict=True):
+        assert {name: job.record["crop"][name] for name in plan.region.record} == plan.region.record
+    assert plans[0].region != plan_photo(entry.load(), asked, seed=0, draw=0).region
+
+
+def test_each_image_belongs_to_one_process_and_with_many_shards_the_others_are_not_scanned():
+    for count in range(1, 10):
+        for world in (1, 2, 3):
+            whole, per_rank = [], []
+            for rank in range(world):
+                scanned = []
+
+                def scan(i, scanned=scanned):
+                    scanned.append(i)
+                    entries = tuple(Entry(f"{i}.{n}", f"{i}.{n}", lambda: None) for n in range(3))
+                    return Scan(entries, (), ())
+
+                shards = [InputShard(f"s{i}", f"s{i}", partial(scan, i)) for i in range(count)]
+                whole += [
+                    (part.name, [e.key for e in part.entries]) for part in _own_parts(shards, [2] * count, rank, world)
+                ]
+                per_rank.append(len(scanned))
+            assert sorted(whole) == [
+                (f"s{i}-00{n}.tar", [f"{i}.{e}" for e in range(2 * n, min(3, 2 * n + 2))])
+                for i in range(count)
+                for n in (0, 1)
+            ]
+            assert sum(per_rank) == (count if count >= 4 * world else count * world)
+
+
+def test_about_one_shard_in_twenty_has_finer_parts():
+    fine = LabelSettings(samples_per_part=8, fine_tail=4)
+    crops_ = replace(CROPS, crops_per_image=2)
+    for count, ends in ((1, 1), (20, 1), (21, 2), (40, 2), (41, 3)):
+        assert part_sizes([None] * count, crops_, fine) == [4] * (count - ends) + [1] * ends
+    assert part_sizes([None] * 40, crops_, replace(fine, fine_tail=1)) == [4] * 40
 
 
 def test_infinite_depth_is_no_value():
+    depth = DepthMap(
+        torch.tensor([[[1.0, torch.inf, torch.nan, 2.0]]]), (torch.arange(4) < 3)[None, None], Kind.AFFINE_DISPARITY
+    )
+    for store in ("as_is", "disparity"):
+        assert stored(depth, store).valid.tolist() == [[[True, False, False, False]]]
     teacher = Formula()
     teacher.predict = lambda images: DepthMap(1 / (images[:, 0] > 0.3), images[:, 0] >= 0, Kind.SCALE_DEPTH)
     photo = Photo("a", torch.from_numpy(np.array(picture())).permute(2, 0, 1), None, "a")
@@ -187,3 +249,8 @@ def test_a_licence_that_is_said_later_is_written_down_and_none_is_taken_away(tar
     assert licence(run) == "unknown"
     assert licence(run, licence="CC BY 4.0") == "CC BY 4.0" == licence(run)
     assert licence(work, licence="CC0") == "CC0" == licence(work)
+
+
+def test_a_reason_has_no_address_in_memory():
+    reason = "<object at 0x7f00Ab223344> and 0x12"
+    assert line_of(Rejected("o", "k", reason)) == {"origin": "o", "key": "k", "reason": "<object at 0x...> and 0x12"}

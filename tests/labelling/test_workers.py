@@ -8,8 +8,10 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from distill.core import files
 from distill.labelling import leases
@@ -17,9 +19,12 @@ from distill.labelling.leases import NOTES, FolderLeases, LeaseLostError
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.labelling.meeting import Folder
 from distill.labelling.objects import Objects
+from distill.labelling.parts import parts_of
+from distill.labelling.pools import thread_pools
+from distill.labelling.run import LabelSettings, OpenPart, PartSettings, Tally, label_part
 from distill.labelling.run_status import run_status
 from distill.shards.shards import ShardWriter, verify
-from tests.labelling.formula import LEASE, Formula, contents, run, work
+from tests.labelling.formula import CROPS, LEASE, Formula, contents, run, work
 
 
 def no_flock(file, operation):
@@ -94,6 +99,91 @@ def test_a_lease_that_another_has_is_known_as_lost_before_the_next_heartbeat(tmp
         claim.check()
     theirs.check()
     theirs.release()
+
+
+def test_a_part_is_taken_once_by_the_same_worker_too(tmp_path):
+    ours = FolderLeases(tmp_path, seconds=600.0)
+    claim = ours.take("a-000.tar")
+    assert claim is not None and ours.take("a-000.tar") is None
+    claim.release()
+    again = ours.take("a-000.tar")
+    again.release()
+
+
+def test_an_empty_marker_is_left_alone_for_the_time_of_a_lease(tmp_path, monkeypatch):
+    """Its worker may be about to write it."""
+    now, marker = [0.0], tmp_path / "a-000.tar.lease"
+    monkeypatch.setattr(leases, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    ours = FolderLeases(tmp_path, seconds=10.0)
+    marker.touch()
+    for now[0], made_again in ((0.0, False), (9.0, True), (12.0, False), (18.9, False), (19.0, False)):
+        if made_again:
+            os.utime(marker, (1, 1))
+        assert ours.take("a-000.tar") is None and marker.exists() is (now[0] < 19)
+    ours.take("a-000.tar").release()
+
+
+def test_a_holder_is_dead_once_it_is_silent_and_gone_or_silent_for_the_time_of_a_lease(tmp_path, monkeypatch):
+    """A process number alone says little: a container has its own."""
+    claim, marker = FolderLeases(tmp_path, seconds=100.0).take("a-000.tar"), tmp_path / "a-000.tar.lease"
+    claim.lease._stop_heartbeat()
+    found = []
+    for running in (True, False):
+        monkeypatch.setattr(leases, "_is_running", lambda pid, running=running: running)
+        for age in (0, 40, 60, 90, 110):
+            now = time.time()
+            os.utime(marker, (now - age, now - age))
+            (holder,) = FolderLeases(tmp_path, seconds=100.0).holders()
+            assert holder.name == "a-000.tar" and holder.pid == os.getpid() and abs(holder.age - age) < 5
+            found.append(holder.dead)
+    assert found == [False, False, False, False, True, False, False, True, True, True]
+
+
+@pytest.mark.parametrize(("error", "running"), [(None, True), (ProcessLookupError(), False), (PermissionError(), True)])
+def test_a_process_of_another_user_runs(monkeypatch, error, running):
+    def kill(pid, number):
+        assert (pid, number) == (7, 0)
+        if error:
+            raise error
+
+    monkeypatch.setattr(leases.os, "kill", kill)
+    assert leases._is_running(7) is running
+
+
+def test_a_run_does_not_wait_for_dead_workers(tmp_path):
+    claim = FolderLeases(tmp_path / NOTES).take("a-000.tar")
+    claim.lease._stop_heartbeat()
+    with pytest.raises(RunLockedError, match="join it"), run_lock(tmp_path, rank=0, world=1):
+        pass
+    os.utime(tmp_path / NOTES / "a-000.tar.lease", (1, 1))
+    with run_lock(tmp_path, rank=0, world=1):
+        pass
+
+
+def test_a_part_that_is_no_longer_ours_is_neither_described_nor_named(tars, tmp_path):
+    class Lost:
+        suffix, lost = ".lost", False
+
+        def check(self):
+            raise LeaseLostError("another worker has it")
+
+    out = tmp_path / "out"
+    out.mkdir()
+    part = parts_of(tars[1], 2)[0]
+    writer = ShardWriter(out / part.name, suffix=".lost")
+    writer.add("k", [("k.json", b"{}")])
+    with pytest.raises(LeaseLostError):
+        OpenPart(out, part, writer, [], Lost()).finish()
+    assert not list(out.iterdir())
+    # Nor is it labelled to its end: what is known to be lost is asked for after each region.
+    Lost.lost, teacher = True, Formula()
+    settings = LabelSettings(samples_per_part=4, batch_size=1)
+    with thread_pools(1, torch.device("cpu")) as pools, pytest.raises(LeaseLostError):
+        work_ = PartSettings(
+            [("formula", teacher)], CROPS, settings, 0, torch.device("cpu"), (), pools.stopping, Lost()
+        )
+        label_part(out, part, work_, Tally(2, 0, None), pools)
+    assert not list(out.iterdir())
 
 
 def test_a_slow_holder_cannot_rename_what_was_taken_over(tmp_path):
