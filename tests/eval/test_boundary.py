@@ -264,7 +264,7 @@ class FakeH5(ModuleType):
 
 
 def test_springs_disparity_has_twice_the_size_and_a_sky(tmp_path, monkeypatch):
-    disparity = np.kron(1000 * 0.065 / step(), np.ones((2, 2), np.float32))
+    disparity = np.kron(1000 * 0.065 / step(), np.array([[1, 2], [3, 4]], np.float32))
     disparity[:4], disparity[-2:] = 0.0, np.nan
     buffer = io.BytesIO()
     np.savez(buffer, disparity=disparity)

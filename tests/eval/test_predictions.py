@@ -17,7 +17,7 @@ from distill.app.scoring import how_used, options_on, prediction_settings
 from distill.app.verbs import score as score_verb
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.plane import fit_plane
+from distill.eval.plane import COLUMNS, ROWS, fit_plane
 from distill.eval.score import predict, score, score_predictions
 from distill.eval.settings import BenchmarkSettings
 from distill.eval.stored import find_prediction, read_settings
@@ -208,6 +208,33 @@ def test_the_plane_baseline_is_what_images_have_in_common(tmp_path):
     assert prior.predict(torch.zeros(2, 3, 30, 50)).values.shape == (2, 30, 50)
     with pytest.raises(KindError):
         fit_plane([replace(ground(0), truth=lambda: truth(kind="affine_depth"))])
+
+
+def test_a_cell_of_the_plane_is_the_mean_of_the_standardised_truths_that_know_it():
+    """In quarters of the plane; the second truth knows half of the upper left one, and nothing of the lower ones."""
+
+    def quarters(table, size=(ROWS, COLUMNS)):
+        return torch.tensor(table).repeat_interleave(size[0] // 2, 0).repeat_interleave(size[1] // 2, 1)
+
+    def told(values, valid, half=False):
+        values, valid = (quarters(table, (2 * ROWS, 2 * COLUMNS)) for table in (values, valid))
+        valid = valid & ~(torch.arange(2 * COLUMNS) < half * COLUMNS) | valid & (torch.arange(2 * COLUMNS) % 2 == 0)
+        return replace(ground(0), truth=lambda: DepthMap(1 / values[None], valid[None], Kind.METRIC_DEPTH))
+
+    first = told([[1.0, 3.0], [2.0, 9.0]], [[True, True], [True, False]])
+    second = told([[4.0, 2.0], [9.0, 9.0]], [[True, True], [False, False]], half=True)
+    nothing = told([[1.0, 1.0], [1.0, 1.0]], [[False, False], [False, False]])
+    flat = told([[2.0, 2.0], [2.0, 2.0]], [[True, True], [True, True]])
+    prior = fit_plane([first, second, nothing, flat])
+    unit, four, two = 1.5**0.5, 2**0.5, -(0.5**0.5)  # of 1, 2 and 3; of one part 4 and two parts 2
+    expected = [[(-unit + 0.5 * four) / 1.5, (unit + two) / 2], [0.0, 0.0]]
+    assert prior.num_images == 2
+    torch.testing.assert_close(prior.grid, quarters(expected), atol=1e-5, rtol=0)
+    same, wide = (prior.predict(torch.zeros(1, 3, n * ROWS, n * COLUMNS)).values[0] for n in (1, 2))
+    torch.testing.assert_close(same, prior.grid)
+    assert wide[0, COLUMNS].item() == pytest.approx(0.25 * expected[0][0] + 0.75 * expected[0][1], abs=1e-5)
+    with pytest.raises(ValueError, match="none of the 2 truths has two different valid values"):
+        fit_plane([nothing, flat])
 
 
 def test_the_command_lines_function_names_what_is_wrong(tmp_path):

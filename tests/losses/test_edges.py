@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from distill.losses.losses import anchor_loss, compare, distillation_loss, gradient_loss, squared_loss
+from distill.losses.normalize import _contexts
 
 G = torch.Generator().manual_seed(0)
 
@@ -65,3 +66,26 @@ def test_raw_losses_are_trimmed_to_the_nearest_number_of_pixels():
     """A quarter of five: 3.75 stay, that is four."""
     pred = row(1.0, 2.0, 3.0, 4.0, 5.0)
     assert distillation_loss(pred, 0 * pred, everywhere(pred), "none", trim_top=0.25).item() == 2.5
+
+
+def test_a_label_that_varies_by_a_hundred_thousandth_is_not_flat():
+    target = 1 + 1e-5 * torch.rand(1, 8, 8, generator=G)
+    assert compare(torch.rand(1, 8, 8, generator=G), target, everywhere(target), "global").live.item() == 1
+
+
+def test_a_label_that_is_not_finite_is_not_valid():
+    pred, target = torch.rand(2, 2, 6, 6, generator=G)
+    known = torch.rand(2, 6, 6, generator=G) > 0.2
+    expected = compare(pred, target, known, "hybrid")
+    for number in (torch.inf, -torch.inf, torch.nan):
+        found = compare(pred, torch.where(known, target, number), everywhere(target), "hybrid")
+        assert torch.equal(found.loss, expected.loss) and torch.equal(found.live, expected.live)
+
+
+def test_images_that_threads_share_keep_their_places(monkeypatch):
+    pred, target = torch.rand(2, 5, 6, 6, generator=G)
+    ones = [(pred[i : i + 1], target[i : i + 1], everywhere(pred[:1])) for i in range(5)]
+    alone = torch.cat([distillation_loss(*one, "hybrid") for one in ones])
+    monkeypatch.setattr(_contexts, "_WORTH_THREADS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(distillation_loss(pred, target, everywhere(pred), "hybrid"), alone)

@@ -57,6 +57,25 @@ def test_a_convolution_sees_its_kernel_of_places_in_the_order_of_its_weights():
     torch.testing.assert_close((flat @ moments @ flat.T).diagonal(), outputs.square().mean((0, 2, 3)))
 
 
+def test_of_many_positions_some_are_taken_evenly(monkeypatch):
+    monkeypatch.setattr(rounding, "_ROWS", 10)
+    x = drawn(1, 25, 6)
+    found = rounding._second_moments(F.linear, {"input": x, "weight": drawn(9, 6)})
+    torch.testing.assert_close(found, x[0, ::3].T @ x[0, ::3] / 9)
+
+
+def test_photos_of_eight_bits_are_shown_as_the_student_knows_them():
+    class Seeing(torch.nn.Linear):
+        def forward(self, images):
+            seen.append(images)
+            return super().forward(images)
+
+    seen: list[torch.Tensor] = []
+    photo = torch.randint(0, 256, (3, 4, 64), dtype=torch.uint8)
+    rounding.calibrated(Seeing(64, 80), [photo, photo.float() / 255])
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], photo[None] / 255)
+
+
 def test_attention_that_hands_its_weight_to_the_function_is_calibrated_too():
     layer, moments = torch.nn.Linear(6, 9), torch.zeros(6, 6)
     inputs = drawn(4, 7, 6)

@@ -44,6 +44,9 @@ def test_the_camera_is_estimated_or_told(made):
     told = load(made, "depth_pro", focal=2 * focal)
     assert not told.takes_focal
     torch.testing.assert_close(told.predict(IMAGES[:1]).values, 2 * estimated[:1], rtol=1e-5, atol=1e-5)
+    told._run = lambda images: (torch.tensor([0.0, 1e-9, 1.0, 1e9]).reshape(1, 2, 2), degrees[:1])
+    far, _, usual, near = told.predict(IMAGES[:1, :, :2, :2], focal=2.0).values.flatten().tolist()
+    assert (far, usual) == (pytest.approx(1e4), pytest.approx(1.0)) and near == pytest.approx(1e-4), "metres"
     canonical = load(made, "depth_pro", output="canonical")
     out = canonical.predict(IMAGES[:1])
     assert out.kind == canonical.card.kind == Kind.SCALE_DISPARITY and not canonical.takes_focal

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 from distill import teachers
 from distill.core.depth import Kind
@@ -16,6 +20,7 @@ from distill.teachers import (
     depth_anything_v2,
     midas,
 )
+from distill.teachers._resize import resize_cubic
 from tests import tiny_teachers as tiny
 from tests.teachers.asking import IMAGES, load, one_line
 
@@ -181,11 +186,81 @@ def test_depth_anything_3_rule(height, width, shapes):
     assert depth_anything_3.native_shapes(height, width, 504) == shapes
 
 
+class Halves(torch.nn.Module):
+    """Depth 2 everywhere, and sky in the left half."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, images):
+        depth = torch.full_like(images[:, 0], 2.0)
+        return depth, (torch.arange(images.shape[-1]) < images.shape[-1] // 2).float().expand_as(depth)
+
+
+def test_depth_anything_3_says_for_which_camera_its_metres_hold():
+    mono, metric = depth_anything_3.CARDS[:2]
+    teacher = depth_anything_3.Teacher(Halves(), metric, native_size=56, sky="keep")
+    # By the width, where rounding to patches stretches an image.
+    assert teacher.assumed_focal(100, 198) == 300 * 198 / 56 and teacher.assumed_focal(198, 100) == 300 * 100 / 28
+    for images in (torch.rand(1, 3, 50, 99), torch.rand(1, 3, 99, 50)):
+        focal = teacher.assumed_focal(*images.shape[-2:])
+        assert torch.allclose(teacher.predict(images, focal=3 * focal).values, 3 * teacher.predict(images).values)
+    padded = depth_anything_3.Teacher(Halves(), metric, resize="none", sky="keep")
+    assert padded.assumed_focal(100, 200) == 300
+    assert (padded.predict(torch.rand(1, 3, 30, 40), focal=900.0).values == 6).all()
+    assert depth_anything_3.Teacher(Halves(), metric, focal=700.0).assumed_focal(100, 200) == 700
+    assert depth_anything_3.Teacher(Halves(), mono).assumed_focal(100, 200) is None
+
+
+def test_depth_anything_3_has_no_depth_where_interpolation_mixed_it_with_sky():
+    teacher = depth_anything_3.Teacher(Halves(), depth_anything_3.CARDS[0], native_size=28, sky="invalid")
+    out = teacher.predict(torch.rand(1, 3, 56, 56))  # column 28 is a quarter of the last one with sky
+    assert torch.equal(out.valid[0], (torch.arange(56) > 28).expand(56, 56)) and (out.values[out.valid] == 2).all()
+
+
+@pytest.mark.parametrize(("rest", "moves"), [(10, False), (11, True), (14, True), (15, False)])
+def test_depth_anything_3_puts_the_sky_far_where_there_is_enough_of_both(rest, moves):
+    depth, sky = torch.arange(1.0, 26.0).reshape(5, 5), (torch.arange(25) >= rest).float().reshape(5, 5)
+    far = depth_anything_3.sky_to_far(depth, sky)
+    expected = torch.quantile(torch.arange(1.0, rest + 1), 0.99) if moves else depth[sky == 1]
+    assert torch.equal(far[sky == 0], depth[sky == 0]) and torch.allclose(far[sky == 1], expected)
+
+
+def test_depth_anything_3_resizes_as_opencv_does():
+    """Cubic where any side grows; what is no picture of eight bits is neither rounded nor cut."""
+    array = np.random.default_rng(0).random((20, 30, 3), np.float32)
+    eight = np.round(array * 255).astype(np.uint8)
+    for size, how in (((22, 28), cv2.INTER_CUBIC), ((18, 32), cv2.INTER_CUBIC), ((18, 28), cv2.INTER_AREA)):
+        expected = cv2.resize(eight, size[::-1], interpolation=how).astype(np.float32) / 255
+        assert np.array_equal(depth_anything_3._resized(array, (size, size)), expected)
+        wide = 3 * array - 1
+        expected = cv2.resize(wide, size[::-1], interpolation=how)
+        assert np.array_equal(depth_anything_3._resized(wide, (size, size)), expected) and expected.max() > 1
+
+
 @pytest.mark.parametrize(
     ("height", "width", "shape"), [(480, 640, (512, 672)), (375, 1242, (512, 1696)), (1500, 2250, (512, 768))]
 )
 def test_midas_rule(height, width, shape):
     assert midas.native_shape(height, width, 512) == shape
+
+
+def test_midas_enlarges_by_cubic_pieces_and_drops_what_it_padded():
+    class Stub(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(predicted_depth=pixel_values[:, 0])
+
+    images = torch.rand(1, 3, 30, 40)
+    padded = midas.Teacher(Stub(), midas.CARDS[0], resize="none").predict(images)
+    torch.testing.assert_close(padded.values, 2 * images[:, 0] - 1)
+    small = midas.Teacher(Stub(), midas.CARDS[0], native_size=32).predict(images).values
+    inner = 2 * resize_cubic(images, 32, 32)[:, :1] - 1 if midas.native_shape(30, 40, 32) == (32, 32) else None
+    torch.testing.assert_close(small, F.interpolate(inner, (30, 40), mode="bicubic", align_corners=False)[:, 0])
 
 
 def test_midas_refuses_other_backbones(made):
