@@ -70,18 +70,20 @@ def edge_cases() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_boxes() -> None:
-    """Boxes inside the map, beyond its corner, of the whole map, between two pixels; more columns than a block has."""
-    boxes.WIDE = 16
+    """Boxes inside the map, beyond its corner, of the whole map, between two pixels; more columns and more samples than
+    a block has; samples on the first and the last pixels' centres, which are inside; gradients that are not contiguous.
+    """
+    boxes.WIDE, boxes.BLOCK = 16, 32
     regions = torch.tensor([[0.1, 0.2, 0.55, 0.65], [-0.2, 0.5, 0.4, 1.1], [0.0, 0.0, 1.0, 1.0], [0.3, 0.3, 0.4, 0.45]])
     both = torch.stack([regions, regions.flip(0)])
-    for (height, width), size in (((7, 6), 9), ((4, 20), 6)):
+    for (height, width), size in (((7, 6), 9), ((4, 20), 6), ((6, 6), 6)):
         pred = torch.rand(2, height, width, generator=torch.Generator().manual_seed(size))
         upstream = torch.rand(2, 4, size, size, generator=torch.Generator().manual_seed(1))
         results = []
         for sample in (boxes.sample_boxes, sample_boxes):
             x = pred.clone().requires_grad_()
             values, inside = sample(x, both, size)
-            results.append((values.detach(), inside, torch.autograd.grad((values * upstream).sum(), x)[0]))
+            results.append((values.detach(), inside, torch.autograd.grad((values.mT * upstream).sum(), x)[0]))
         (values, inside, slopes), (expected, expected_inside, expected_slopes) = results
         assert torch.equal(inside, expected_inside) and 0 < int(inside.sum()) < inside.numel()
         torch.testing.assert_close(values, expected, rtol=0, atol=3e-6 * max(height, width))
