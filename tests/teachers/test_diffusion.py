@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 
 from distill import teachers
 from distill.core.depth import Kind
@@ -120,6 +121,21 @@ class TestMarigold:
         sized = resize_long_side(torch.rand(1, 3, 370, 1226), 768)
         assert sized.shape[-2:] == (231, 767)
         torch.testing.assert_close(sized * 255, (sized * 255).round())
+        grey = torch.randint(0, 255, (1, 3, 20, 30)) / 255
+        assert torch.equal(resize_long_side(grey + 0.4 / 255, 24), resize_long_side(grey, 24)), "and before"
+
+    def test_a_map_comes_back_to_the_images_size_or_without_its_padding(self):
+        from distill.teachers._latent import restore
+
+        images, padded, values = torch.zeros(1, 3, 6, 8), torch.zeros(1, 3, 8, 8), torch.rand(1, 8, 8) * 1.5
+        given = {"images": images, "sized": padded, "kind": Kind.AFFINE_DEPTH}
+        cut = restore(values, resize="none", **given).values
+        assert torch.equal(cut, values[:, :6].clip(0, 1))
+        larger = torch.rand(1, 16, 16)  # a head's map of another size
+        expected = F.interpolate(larger[None], (8, 8), mode="bilinear", antialias=True)[0, :, :6]
+        assert torch.equal(restore(larger, resize="none", **given).values, expected.clip(0, 1))
+        sized = F.interpolate(values[None], (6, 8), mode="bilinear", antialias=True)[0].clip(0, 1)
+        assert torch.equal(restore(values, resize="native", **given).values, sized)
 
 
 class TestOldLayouts:
