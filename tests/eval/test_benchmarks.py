@@ -260,3 +260,13 @@ def test_depth_that_a_tool_reduced_to_eight_bits_is_refused(tmp_path):
         Files(tmp_path).codes("a.png")
     (tmp_path / "a.png").write_bytes(image(np.full((4, 6), 200, np.uint16)))
     assert (Files(tmp_path).codes("a.png") == 200).all()
+
+
+def test_a_compressed_tar_is_read_to_its_last_byte(tmp_path):
+    """Its last 2 kB, after two pieces of a megabyte, are fewer than Python writes to a file at once."""
+    content = bytes(2 << 20) + bytes(range(256)) * 2
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", compresslevel=1) as tar:
+        member = tarfile.TarInfo("a.bin")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    assert Files(tmp_path / "a.tar.gz").read("a.bin") == content

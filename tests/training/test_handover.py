@@ -266,3 +266,13 @@ def test_what_is_packed_without_its_tensors_takes_others():
     assert [x.numel() for x in tensors] == [1000] and len(content) < 2000
     again = unpacked(content, [torch.zeros(1)])
     assert again["a"][0].item() == 0.0 and again["a"][1] == "b" and again["c"] == SETTINGS
+
+
+def test_a_server_of_processes_imports_torch_once(monkeypatch, forked):
+    """As from Python 3.14 on, where each process would import it."""
+    preloaded = []
+    monkeypatch.setattr(multiprocessing, "set_forkserver_preload", preloaded.extend)
+    for method, expected in (("fork", []), ("forkserver", ["__main__", "distill.training.loading"])):
+        monkeypatch.setattr(multiprocessing, "get_start_method", lambda method=method: method)
+        assert len(list(loader_of(list(range(4)), [[0], [1]], list, Readers(1)))) == 2
+        assert preloaded == expected
