@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import secrets
 import time
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from distill.core import files
-from distill.labelling.leases import LEASE_S, NOTES, Claim, FolderLeases, Holder, disk_time
+from distill.labelling.leases import LEASE_S, NOTES, SUFFIX, Claim, FolderLeases, Holder, disk_time
 from distill.labelling.manifest import is_whole
 from distill.shards.shards import MANIFEST
 
 T = TypeVar("T")
 
+LAST = "manifest"
+"""The lease of the worker that writes the manifest; differs from parts' names, which end in .tar."""
 SPENT = "spent"
 """The note that is kept when all is finished (labelling.worker_costs)."""
 AGE = "age_s"
@@ -92,7 +95,10 @@ class Meeting(Protocol):
         ...
 
     def tidy(self) -> None:
-        """When all is finished, remove leases, all notes but SPENT, and partial files of killed workers."""
+        """When all is finished, remove leases, all notes but SPENT, and partial files of killed workers.
+
+        The lease LAST is removed at the end: whoever has it may write notes, which must not be removed then.
+        """
         ...
 
 
@@ -153,10 +159,17 @@ class Folder:
         return note if isinstance(note, dict) else {}
 
     def write_note(self, name: str, note: Mapping[str, Any]) -> None:
-        """As Meeting has it, without a sync: a note lost in a power cut is written again."""
+        """As Meeting has it, without a sync: a note lost in a power cut is written again.
+
+        Nothing is written where another worker has just finished everything: its `tidy` removes a half-written note.
+        """
         path = self.out / NOTES / f"{name}.json"
-        with files.writing(path, suffix=f".{secrets.token_hex(6)}", durable=False) as new:
-            new.write_text(json.dumps(note))
+        try:
+            with files.writing(path, suffix=f".{secrets.token_hex(6)}", durable=False) as new:
+                new.write_text(json.dumps(note))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
 
     def notes(self, prefix: str) -> dict[str, dict[str, Any]]:
         """As Meeting has it."""
@@ -185,7 +198,7 @@ class Folder:
             partial_file.unlink(missing_ok=True)
         notes = self.out / NOTES
         with contextlib.suppress(OSError):
-            for path in notes.iterdir():
+            for path in sorted(notes.iterdir(), key=lambda path: path.name == f"{LAST}{SUFFIX}"):
                 if path.name != f"{SPENT}.json":
                     path.unlink(missing_ok=True)
             notes.rmdir()  # fails where SPENT is kept

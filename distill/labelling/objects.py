@@ -24,7 +24,7 @@ from typing import Any
 
 from distill.core import files
 from distill.labelling.leases import BEATS, LEASE_S, NOTES, SUFFIX, Claim, Holder, LeaseLostError
-from distill.labelling.meeting import AGE, SPENT
+from distill.labelling.meeting import AGE, LAST, SPENT
 from distill.shards.readme import README
 from distill.shards.shards import MANIFEST
 
@@ -342,7 +342,8 @@ class Objects:
 
     def tidy(self) -> None:
         """As Meeting has it, at the URL and locally."""
-        self._store.delete(*(f"{NOTES}/{name}" for name in self._store.names(NOTES) if name != f"{SPENT}.json"))
+        names = sorted(self._store.names(NOTES), key=lambda name: name == f"{LAST}{SUFFIX}")
+        self._store.delete(*(f"{NOTES}/{name}" for name in names if name != f"{SPENT}.json"))
         for partial_file in self.out.glob(f".*{files.PARTIAL}*"):
             partial_file.unlink(missing_ok=True)
         shutil.rmtree(self.out / NOTES, ignore_errors=True)

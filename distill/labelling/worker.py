@@ -32,7 +32,7 @@ from distill.labelling.jobs import Teachers, asked_about
 from distill.labelling.leases import Claim, LeaseLostError
 from distill.labelling.lock import refuse_run
 from distill.labelling.manifest import finish, keep_settings, settings_of
-from distill.labelling.meeting import Folder, Meeting, turn
+from distill.labelling.meeting import LAST, Folder, Meeting, turn
 from distill.labelling.parts import Tell, line_of
 from distill.labelling.pools import ThreadPools, thread_pools
 from distill.labelling.run import (
@@ -49,8 +49,6 @@ from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.labelling.worker_costs import RECORD, settle
 from distill.shards.shards import SETTINGS, DamagedTableError, read_json
 
-LAST = "manifest"
-"""The lease of the worker that writes the manifest; differs from parts' names, which end in .tar."""
 WAIT, SPARE = "wait", 8
 """A worker that waits for others' parts holds a lease wait-N: there is one, plus one for each SPARE missing parts and
 for each whose holder is dead. Other workers leave: waiting machines cost as much as working ones."""
@@ -70,6 +68,7 @@ class _Worker:
     name: str
     walk: Iterator[Place]
     poll_s: float
+    joined: str  # the meeting's stamp when this worker joined
     done: set[str] = field(default_factory=set)
     held: dict[str, Place] = field(default_factory=dict)
     lost: int = 0
@@ -148,11 +147,13 @@ class _Worker:
         self.done |= names
         return names
 
+    def manifest_is_new(self) -> bool:
+        """Whether a manifest was written since this worker joined."""
+        return self.meeting.stamp() not in ("", self.joined)
+
     def _is_empty(self, place: Place) -> bool:
-        sidecar = f"{Path(place.name).stem}.json"
-        self.meeting.download(sidecar)
-        path = self.board.out / sidecar
-        return _tar_of(path) is None
+        self.meeting.download(sidecar := f"{Path(place.name).stem}.json")
+        return _tar_of(self.board.out / sidecar) is None
 
     def _try(self, place: Place) -> Claim | None:
         """The part's lease, if no worker holds it and the part is not finished."""
@@ -244,11 +245,10 @@ class _Worker:
 
 def _tar_of(sidecar: Path) -> dict[str, Any] | None:
     """The tar that a part's json describes: None for a part of no samples, {} where the json is missing or damaged."""
-    try:
-        tar: dict[str, Any] | None = read_json(sidecar)["tar"] if sidecar.is_file() else {}
-    except (DamagedTableError, FileNotFoundError):  # or withdrawn by another worker meanwhile
-        tar = {}
-    return tar
+    with contextlib.suppress(DamagedTableError, FileNotFoundError):  # or withdrawn by another worker meanwhile
+        tar: dict[str, Any] | None = read_json(sidecar)["tar"]
+        return tar
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,47 +301,46 @@ def work_by_parts(
     make_folder(out, shards, teachers)
     refuse_run(out)
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    meeting = meeting or Folder(out)
-    meeting.download(SETTINGS)
+    (meeting := meeting or Folder(out)).download(SETTINGS)
     keep_settings(out, settings, tell=tell, suffix=f".{name[-6:]}")
     meeting.publish_file(SETTINGS)
     keep_settings(out, settings, tell=tell)
     about = made_by(recipe, machine)
     end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=meeting.whole, tell=tell)
     before = meeting.stamp()
-    if before and _finish(meeting, end, fresh=False):
+    if before and _finish(meeting, end):
         made_before = sum(name.endswith(".tar") for name in meeting.finished())
         return LabelOutcome(complete=True, parts=0, skipped=made_before, images=0, samples=0, quarantined=0, bytes=0)
     board = Board(shards, part_sizes(shards, crops, labels), out, meeting, teachers, tell)
-    worker = _Worker(board, meeting, name, iter(()), min(poll_s, meeting.lease_s / 4))
+    worker = _Worker(board, meeting, name, iter(()), min(poll_s, meeting.lease_s / 4), before)
     worker.walk = board.walk(random.Random(name).randrange(len(shards)))
     worker.record = {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "since": time.time()}
     tally = Tally(0, 0, report, shared=True)
     with thread_pools(max(1, labels.threads), device) as pools:
         job = PartSettings(teachers, crops, labels, seed, device, (), pools.stopping)
-        return (yield from _run_until_done(worker, pools, tally, job, end, before))
+        return (yield from _run_until_done(worker, pools, tally, job, end))
 
 
 def _run_until_done(
-    worker: _Worker, pools: ThreadPools, tally: Tally, work: PartSettings, end: partial[bool], before: str
+    worker: _Worker, pools: ThreadPools, tally: Tally, work: PartSettings, end: partial[bool]
 ) -> Generator[MadePart, None, LabelOutcome]:
-    """Label until the manifest is written or others hold the rest; before: the meeting's stamp when we joined."""
-    meeting, finished = worker.meeting, False
+    """Label until the manifest is written or others hold the rest."""
+    finished = False
     try:
         while True:
             yield from _label_all(worker, pools, tally, work)
-            if (now := meeting.stamp()) and now != before:
+            if worker.manifest_is_new():
                 finished = True
                 return _outcome(worker, tally, last=False)
             if worker.held:  # others hold the rest, and enough workers wait for them
                 return _outcome(worker, tally, complete=False, last=False)
-            written = _finish(meeting, end, fresh=True)
+            written = _finish(worker.meeting, end, joined=worker.joined)
             if written:
                 finished = True
                 return _outcome(worker, tally, last=True)
             if written is False:
                 worker.forget()
-            elif not worker.may_wait(0):
+            elif not worker.manifest_is_new() and not worker.may_wait(0):
                 return _outcome(worker, tally, complete=False, last=False)
             time.sleep(worker.poll_s)
     finally:
@@ -395,14 +394,19 @@ def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: PartSett
         yield MadePart(place.name, tally.images - before[0], tally.samples - before[1], lines)
 
 
-def _finish(meeting: Meeting, end: partial[bool], *, fresh: bool) -> bool | None:
-    """Write the manifest if every part is finished; whether it is written, None where another worker is writing it."""
+def _finish(meeting: Meeting, end: partial[bool], *, joined: str | None = None) -> bool | None:
+    """Write the manifest if every part is finished; whether it is written, None where another worker writes it.
+
+    joined: the meeting's stamp when this worker joined; without it, a manifest that is right is not written again.
+    """
     claim, before = meeting.take(LAST), meeting.stamp()
     if claim is None:
         return None
     try:
+        if joined is not None and before not in ("", joined):  # written between our last look and our lease
+            return None
         meeting.download()
-        if not end(fresh=fresh, suffix=claim.suffix):
+        if not end(fresh=joined is not None, suffix=claim.suffix):
             return False
         meeting.publish()
         settle(meeting)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -15,10 +16,9 @@ from distill.labelling import lock, objects
 from distill.labelling.board import Board, withdraw
 from distill.labelling.leases import NOTES, Alone, FolderLeases, LeaseLostError
 from distill.labelling.lock import RunLockedError, run_lock
-from distill.labelling.meeting import Folder
+from distill.labelling.meeting import LAST, Folder
 from distill.labelling.objects import Objects
 from distill.labelling.run_status import run_status
-from distill.labelling.worker import LAST
 from tests.labelling.formula import LEASE, Broken, Formula, contents, run, work
 
 CARD = {"host": "a", "pid": 1, "device": "cuda", "part": "", "ended": False, "parts": 0, "lost": 0, "seconds": 1800.0}
@@ -72,6 +72,51 @@ def test_a_finisher_that_slept_until_another_had_finished_ends_well(tars, tmp_pa
     ours = work(tars, out)
     assert other[1].last and other[1].complete and ours.complete and not ours.last
     assert contents(out) == contents(tmp_path / "one")
+
+
+def test_a_manifest_that_was_written_just_before_our_lease_is_not_written_again(tars, tmp_path, monkeypatch):
+    run(tars, tmp_path / "one")
+    out, other = tmp_path / "out", []
+    place = Folder(out, lease_s=60.0)
+    take, stamps = place.take, []
+
+    def late(name):
+        if name == LAST and not other:
+            other.append(work(tars, out, Formula(wait=99), lease_s=60.0))
+            stamps.append(place.stamp())
+        return take(name)
+
+    monkeypatch.setattr(place, "take", late)
+    ours = work(tars, out, meeting=place)
+    assert other[0].last and other[0].complete and other[0].parts == 0
+    assert ours.complete and not ours.last and ours.parts == 6
+    assert place.stamp() == stamps[0] and contents(out) == contents(tmp_path / "one")
+
+
+def test_the_lease_of_the_last_worker_is_the_last_thing_that_it_removes(tmp_path, monkeypatch):
+    place, left = Folder(tmp_path), []
+    held = [place.take(LAST), place.take("sa_0-000.tar")]
+    place.write_note("worker-0", CARD)
+    plain = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **how: (left.append(path.name), plain(path, **how)))
+    place.tidy()
+    assert left[-1] == f"{LAST}.lease" and len(left) == 3 and not (tmp_path / NOTES).exists()
+    assert all(held)
+
+
+def test_a_note_that_a_finisher_removed_half_written_stops_nobody(tmp_path, monkeypatch):
+    place, plain = Folder(tmp_path), Path.write_text
+
+    def tidied(path, text):
+        plain(path, text)
+        Folder(tmp_path).tidy()
+
+    monkeypatch.setattr(Path, "write_text", tidied)
+    place.write_note("worker-0", CARD)
+    assert place.note("worker-0") == {} and not (tmp_path / NOTES).exists()
+    monkeypatch.setattr(Path, "write_text", lambda path, text: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        place.write_note("worker-0", CARD)
 
 
 def test_the_manifest_of_a_finisher_that_was_killed_is_written_by_who_waits(tars, tmp_path):
