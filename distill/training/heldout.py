@@ -14,7 +14,8 @@ from distill.training.batches import Collate, Labelled
 from distill.training.loading import heldout_batches
 from distill.training.sampling import hold_out
 from distill.training.settings import TrainSettings
-from distill.training.step import TrainingRun, measure
+from distill.training.state import TrainingRun
+from distill.training.step import measure
 
 
 @dataclass(frozen=True, slots=True)

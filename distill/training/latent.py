@@ -26,7 +26,7 @@ from distill.losses.latent_settings import STEPS, LatentSettings
 from distill.losses.losses import gradient_loss
 from distill.training.batches import MicroBatch, TaughtRows
 from distill.training.latent_cache import LatentCache, stacked
-from distill.training.step import Measured
+from distill.training.state import Measured
 
 PRIOR_LEVELS = tuple(range(100, 1000, 200))
 """Noise levels at which `latent.watch_prior` evaluates the base model's own task."""

@@ -10,6 +10,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,7 @@ from distill.training.handover import packed
 from distill.training.label_choice import choose_patches, choose_teacher, convert_labels
 from distill.training.sampling import MicroBatchPositions, SamplePosition
 from distill.training.settings import TrainSettings
+from distill.training.stopping import SIGNALS
 
 _log = logging.getLogger(__name__)
 PREFETCH = 4  # micro-batches per worker that are ready
@@ -171,6 +173,8 @@ def _exit_after(parent: multiprocessing.process.BaseProcess) -> None:
 
 def _init_worker(_worker: int) -> None:
     end_with_parent()
+    for number in SIGNALS:  # the training process decides when to stop
+        signal.signal(number, signal.SIG_IGN)
     # The parent's objects are hidden from the collector: a collection would copy every page of them.
     gc.freeze()
     torch.set_num_threads(1)
@@ -227,7 +231,9 @@ def loader_of(
         worker_init_fn=_init_worker,
         pin_memory=pinned,
     )
+    others = set(multiprocessing.active_children())
     items, over = iter(loader), object()
+    processes = set(multiprocessing.active_children()) - others
     try:
         if started is not None:
             started()
@@ -244,6 +250,8 @@ def loader_of(
             end()
         # Without this a frame held by its own error would leave it to the collector, which waits 5 s per process.
         del items
+        for process in processes:
+            process.kill()  # one that hangs in a read ignores the loader's SIGTERM
 
 
 @contextlib.contextmanager

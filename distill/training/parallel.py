@@ -1,4 +1,4 @@
-"""The processes and devices of a run, and the only place that makes accelerate's objects."""
+"""A run on its processes and devices; the only place that makes accelerate's objects."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, bro
 from torch import nn
 
 from distill.training import checkpoints
+from distill.training.averages import Averages
+from distill.training.schedule import make_optimizer
 from distill.training.settings import TrainSettings
-from distill.training.step import Processes
+from distill.training.state import Processes, TrainingRun, make_ready
+from distill.training.trainlog import ScaleAlarm
 
 
 def accelerator_of(
@@ -74,6 +77,35 @@ def processes_of(accelerator: Accelerator) -> Processes:
         without_exchange=accelerator.no_sync,
         track=lambda values, step: accelerator.log(dict(values), step=step),
     )
+
+
+def new_run(student: nn.Module, accelerator: Accelerator, settings: TrainSettings, **given: Any) -> TrainingRun:
+    """A run at its initial weights, with every module on its device and wrapped; given: its other fields."""
+    processes = processes_of(accelerator)
+    for part in (given["objective"], given["reference"]):
+        if isinstance(part, nn.Module):
+            part.to(processes.device)
+    if given["reference"] is not None:
+        given["reference"].eval().requires_grad_(False)
+    make_ready(student, settings, device=processes.device, processes=processes.count)
+    # Before the averaged copy is made: wrapping gives every process the main one's initial weights.
+    model = accelerator.prepare_model(torch.compile(student) if settings.compile else student)
+    return TrainingRun(
+        processes=processes,
+        settings=settings,
+        student=student,
+        model=model,
+        optimizer=make_optimizer(student, settings),
+        ema=Averages(student, settings.ema) if settings.ema else None,
+        alarm=ScaleAlarm(settings.alarm_growth),
+        **given,
+    )
+
+
+def open_trackers(accelerator: Accelerator, settings: TrainSettings, *, name: str, step: int) -> None:
+    """Opens the trackers of a run. Drops their points after `step`: a resumed run draws them again."""
+    if settings.trackers:
+        accelerator.init_trackers(name, init_kwargs={"tensorboard": {"purge_step": step + 1}})
 
 
 def same_checkpoint(processes: Processes, out: Path, step: int) -> None:

@@ -17,7 +17,7 @@ from distill.core.wording import counted
 from distill.training import checkpoints
 from distill.training.parallel import same_checkpoint
 from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
-from distill.training.step import TrainingRun, is_training_task
+from distill.training.state import TrainingRun, is_training_task
 from distill.training.trainlog import ScaleAlarm, StepLog
 
 

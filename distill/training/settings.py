@@ -85,7 +85,7 @@ class TrainSettings:
     eval_batch_size: int = 8
     """Held-out images per process and batch."""
     save_every: int = 500
-    """Steps between checkpoints; 0 = only at the end."""
+    """Steps between checkpoints; 0 = only at the end. A run that Ctrl-C or SIGTERM stops writes one too."""
     keep_last: int = 2
     """Number of newest checkpoints that are kept, besides the best one."""
     workers: int = 2

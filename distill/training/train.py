@@ -29,26 +29,18 @@ from distill.shards import shards
 from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
-from distill.training.averages import Averages
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
 from distill.training.heldout import HeldOutSamples, evaluate, is_best, split
 from distill.training.loading import explain_dead_workers, training_batches
-from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
+from distill.training.parallel import accelerator_of, new_run, open_trackers, reproducible, same_checkpoint
 from distill.training.resume import card_of, keep, resume
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, make_order
-from distill.training.schedule import in_steps, make_optimizer
+from distill.training.schedule import in_steps
 from distill.training.settings import TrainSettings
-from distill.training.step import (
-    ObjectiveLike,
-    TrainingRun,
-    TrainingStoppedError,
-    TrainingTask,
-    make_ready,
-    set_mode,
-    take_step,
-)
+from distill.training.state import ObjectiveLike, TrainingRun, TrainingTask, set_mode
+from distill.training.step import TrainingStoppedError, take_step
+from distill.training.stopping import StopNotice, Stopped
 from distill.training.stored import stored_batches
-from distill.training.trainlog import ScaleAlarm
 
 __all__ = ["TrainResult", "TrainSettings", "TrainingStoppedError", "train"]
 
@@ -107,12 +99,10 @@ def train(
     features: the encoder's stored features, where settings.cache_features.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
-    finite, OSError where something cannot be read or written; earlier checkpoints stay.
+    finite, OSError for a failed read or write; checkpoints stay. A signal waits for one (training.stopping).
     """
     out = Path(out)
-    if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
-        raise ValueError("the objective has trainable parameters, which no optimizer would update; freeze them")
-    _check_features(settings, features, reference)
+    _check(objective, settings, features, reference)
     accelerator = accelerator_of(student, settings, out, device=device)
     used, validation = split(dataset, heldout, settings)
     order = _order(dataset, used, settings)
@@ -120,15 +110,18 @@ def train(
     batches = _positions(accelerator, order, settings)
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
     with reproducible(settings.deterministic), lock, explain_dead_workers():
-        run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
-        run.save_student, run.card, run.features = save, dict(card or {}), features
+        parts = {"objective": objective, "reference": reference, "features": features}
+        run = new_run(student, accelerator, settings, out=out, save_student=save, card=dict(card or {}), **parts)
         run.facts = {"identity": identity, "samples": len(used), "data": fingerprint(dataset.image_keys, used)}
         try:
             resume(run, tell or (lambda line: None))
-            _open_trackers(run, accelerator)
+            open_trackers(accelerator, settings, name=out.name, step=run.step)
+            micros = _micros(run, dataset, batches.after(run.step), collate)
             # Closed here, because a stored traceback would otherwise keep it and its worker processes alive.
-            with contextlib.closing(_micros(run, dataset, batches.after(run.step), collate)) as micros:
+            with contextlib.closing(micros), StopNotice() as notice:
+                run.told_to_stop = lambda: notice.given
                 _loop(run, micros, HeldOutSamples(dataset if heldout is None else heldout, validation, collate), report)
+                _obey(run, tell)
             return _finish(run)
         finally:
             if run.log:
@@ -138,7 +131,11 @@ def train(
                 tracker.finish()
 
 
-def _check_features(settings: TrainSettings, features: FeatureStore | None, reference: nn.Module | None) -> None:
+def _check(
+    objective: object, settings: TrainSettings, features: FeatureStore | None, reference: nn.Module | None
+) -> None:
+    if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
+        raise ValueError("the objective has trainable parameters, which no optimizer would update; freeze them")
     if settings.cache_features != (features is not None) or (features is not None and reference is not None):
         raise ValueError("cache_features = true needs stored features (and the reverse), without a reference encoder")
 
@@ -165,45 +162,11 @@ def _micros(
     run: TrainingRun, dataset: Labelled, positions: MicroBatchPositions, collate: Collate
 ) -> Generator[MicroBatch, None, None]:
     """This process's micro-batches, decoded on the GPU if it has one and the dataset stores codes, else on the host."""
-    if run.processes.device.type == "cuda" and collate is shards.collate and getattr(dataset, "stores_codes", False):
-        check_teachers(dataset, positions.order.indices, run.settings)
-        return stored_batches(
-            dataset, positions, settings=run.settings, device=run.processes.device, features=run.features
-        )
-    return training_batches(dataset, positions, collate=collate, settings=run.settings, features=run.features)
-
-
-# --- before the first step --------------------------------------------------------------------------------------------
-
-
-def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettings, **given: Any) -> TrainingRun:
-    """Creates the run: every module on its device and wrapped, at its initial weights."""
-    processes = processes_of(accelerator)
-    for part in (given["objective"], given["reference"]):
-        if isinstance(part, nn.Module):
-            part.to(processes.device)
-    if given["reference"] is not None:
-        given["reference"].eval().requires_grad_(False)
-    make_ready(student, settings, device=processes.device, processes=processes.count)
-    # Before the averaged copy is made: wrapping gives every process the main one's initial weights.
-    model = accelerator.prepare_model(torch.compile(student) if settings.compile else student)
-    return TrainingRun(
-        processes=processes,
-        settings=settings,
-        student=student,
-        model=model,
-        optimizer=make_optimizer(student, settings),
-        save_student=checkpoint.save,
-        ema=Averages(student, settings.ema) if settings.ema else None,
-        alarm=ScaleAlarm(settings.alarm_growth),
-        **given,
-    )
-
-
-def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
-    if run.settings.trackers:
-        # Drops the points after the checkpoint: the resumed run draws them again.
-        accelerator.init_trackers(run.out.name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+    s, device, features = run.settings, run.processes.device, run.features
+    if device.type == "cuda" and collate is shards.collate and getattr(dataset, "stores_codes", False):
+        check_teachers(dataset, positions.order.indices, s)
+        return stored_batches(dataset, positions, settings=s, device=device, features=features)
+    return training_batches(dataset, positions, collate=collate, settings=s, features=features)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -214,7 +177,7 @@ def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: HeldOutSamples, 
     if run.step == 0 and s.eval_start and held.indices:
         _write(run, evaluate(run, held))
     set_mode(run)
-    while run.step < s.steps and not _out_of_patience(run):
+    while not _is_over(run) and not run.stopping:
         if run.step == s.freeze_steps:
             set_mode(run)
         line = take_step(run, micros)
@@ -229,7 +192,8 @@ def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: HeldOutSamples, 
             better = is_best(run, evaluation)
             _write(run, evaluation)
             set_mode(run)
-        if better or last or _out_of_patience(run) or (s.save_every and run.step % s.save_every == 0):
+        due = s.save_every and run.step % s.save_every == 0
+        if better or last or due or run.stopping or _out_of_patience(run):
             keep(run)
         if report and run.processes.main and line is not None:
             best = {} if run.best is None else {"heldout": run.best["heldout"]}
@@ -254,6 +218,19 @@ def _log_step(run: TrainingRun, line: Mapping[str, Any], *, last: bool) -> None:
 
 def _out_of_patience(run: TrainingRun) -> bool:
     return 0 < run.settings.patience <= run.evaluations_since_best
+
+
+def _is_over(run: TrainingRun) -> bool:
+    return run.step == run.settings.steps or _out_of_patience(run)
+
+
+def _obey(run: TrainingRun, tell: Callable[[str], object] | None) -> None:
+    """Ends a run that was told to stop before its end, once the main process has written the checkpoint."""
+    if not _is_over(run):
+        run.processes.wait()
+        if tell and run.processes.main:
+            tell(f"told to stop: a checkpoint of step {run.step} is written")
+        raise Stopped
 
 
 def _write(run: TrainingRun, line: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from distill.core.seal import sealed
 from distill.training import checkpoints
 from distill.training import resume as resume_module
 from distill.training.settings import CHANGEABLE, TrainSettings
-from distill.training.step import Measured
+from distill.training.state import Measured
 from distill.training.trainlog import StepLog, damaged, number, read
 from tests.training.toys import Toy, l1, losses_of, newest, run, save, steps_of
 

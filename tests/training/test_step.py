@@ -11,7 +11,7 @@ from torch import nn
 from distill.core.crops import generator
 from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Labels
-from distill.training import step
+from distill.training import state, step
 from distill.training.averages import Averages
 from distill.training.batches import MicroBatch, TaughtRows
 from distill.training.schedule import make_optimizer
@@ -19,10 +19,10 @@ from distill.training.trainlog import ScaleAlarm
 from tests.training.toys import KIND, SIZE, Toy, settings
 
 
-def some_run(out, *, student=None, objective=None, **given) -> step.TrainingRun:
+def some_run(out, *, student=None, objective=None, **given) -> state.TrainingRun:
     """A run of this process alone, before its first step."""
     student, asked = student or Toy(), settings(val_fraction=0.0, **given)
-    processes = step.Processes(
+    processes = state.Processes(
         index=0,
         count=1,
         device=torch.device("cpu"),
@@ -33,7 +33,7 @@ def some_run(out, *, student=None, objective=None, **given) -> step.TrainingRun:
         without_exchange=lambda model: nullcontext(),
         track=lambda numbers, number: None,
     )
-    run = step.TrainingRun(
+    run = state.TrainingRun(
         processes=processes,
         settings=asked,
         out=out,
@@ -46,7 +46,7 @@ def some_run(out, *, student=None, objective=None, **given) -> step.TrainingRun:
         alarm=ScaleAlarm(growth=10.0),
         save_student=lambda *given: None,
     )
-    step.set_mode(run)
+    state.set_mode(run)
     return run
 
 
@@ -189,7 +189,7 @@ def test_averages_follow_every_step(tmp_path):
 def test_what_does_not_learn_holds_still(tmp_path):
     run = some_run(tmp_path, student=Toy(batchnorm=True), freeze_steps=2)
     for run.step, learns in enumerate([False, False, True]):
-        step.set_mode(run)
+        state.set_mode(run)
         encoder = run.student.encoder
         assert encoder.training is encoder[1].training is learns and run.student.decoder.training
         assert all(p.requires_grad is learns for p in encoder.parameters())
