@@ -154,10 +154,12 @@ def _facts(recipe: Recipe, scores: Sequence[Score], log: Sequence[Mapping[str, A
     samples = sum(int(_manifest(folder)[0].get("samples", 0)) for folder in folders)
     planned = train.get("steps", 0)
     benchmarks = dict.fromkeys(s.benchmark for s in scores)
+    parts = " + ".join(str(student[k]) for k in ("encoder", "decoder") if student.get(k))
+    trained = bool(steps) or any(s.model == "student" for s in scores)
     return pairs(
         [
-            ("student", " + ".join(str(student[k]) for k in ("encoder", "decoder") if student.get(k))),
-            ("taught by", ", ".join(teachers)),
+            ("student", parts if trained or not parts else f"{parts}, not trained yet"),
+            ("taught by" if trained else "teachers", ", ".join(teachers)),
             ("labelled regions", f"{samples:,}" if samples else ""),
             ("training", f"{steps:,} of {planned or steps:,} steps of {train.get('batch_size', '?')}" if steps else ""),
             ("best held-out loss", f"{best['heldout']:.4g} at step {best['step']:,}" if best else ""),

@@ -212,6 +212,12 @@ def test_an_empty_run_says_what_is_missing(tmp_path):
         write_report(tmp_path / "nowhere")
 
 
+def test_a_run_of_teachers_alone_does_not_pretend_to_have_a_student(run, tmp_path):
+    (tmp_path / "recipe.toml").write_text((run / "recipe.toml").read_text())
+    _, text = read(write_report(tmp_path))
+    assert "vit_tiny + sdt, not trained yet" in text and "teachers" in text and "taught by" not in text
+
+
 def test_damaged_inputs_are_named_and_the_rest_is_written(run, tmp_path):
     (tmp_path / "scores").mkdir()
     (tmp_path / "scores" / "a.json").write_text('{"version": 1')
