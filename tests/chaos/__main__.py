@@ -36,7 +36,7 @@ def parts(folder: Path, rng: Random) -> dict[str, tuple[object, Iterator[int]]]:
     add("labels", fuzz.labels, Lab(folder / "labels", photos=2, per_tar=2))
     add("recipes", recipes.recipes, Lab(folder / "recipes", photos=2, per_tar=2))
     add("run", fuzz.run, Lab(folder / "run", photos=3, per_tar=4))
-    for name in ("label", "train", "repair", "predict", "interrupt"):
+    for name in ("label", "train", "repair", "predict", "interrupt", "stop"):
         add(f"kill-{name}", getattr(kills, name), Lab(folder / name))
     add("kill-fetch", kills.fetch, folder / "fetch")
     return found

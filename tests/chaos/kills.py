@@ -77,20 +77,44 @@ def _labels(lab: Lab) -> dict[str, str]:
 def train(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
     """Training from scratch: compares the student, and the log without wall-clock values."""
     _labels(lab)
-
-    def left() -> dict[str, str]:
-        lines = [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in read_log(lab.train / "log.jsonl")]
-        log = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
-        students = {name: digest for name, digest in contents(lab.train).items() if name.endswith("safetensors")}
-        return {**students, "log.jsonl": log}
-
     done = lab.call("train", "r.toml")
     assert done.rc == 0, done.said
-    before = left()
+    before = _trained(lab)
     while True:
         shutil.rmtree(lab.train, ignore_errors=True)
         call = lambda after: lab.call("train", "r.toml", signal_after=after)  # noqa: E731
-        _story(counts, rng, call, done.seconds, lambda: _differ(left(), before))
+        _story(counts, rng, call, done.seconds, lambda: _differ(_trained(lab), before))
+        yield 1
+
+
+def _trained(lab: Lab, *, checkpoints: bool = True) -> dict[str, str]:
+    lines = [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in read_log(lab.train / "log.jsonl")]
+    log = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    weights = [name for name in contents(lab.train) if name.endswith("safetensors")]
+    kept = {name: contents(lab.train)[name] for name in weights if checkpoints or name.startswith("student")}
+    return {**kept, "log.jsonl": log}
+
+
+def stop(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
+    """Training that Ctrl-C stops several times, rc 130: compares the student and the log with an undisturbed run's."""
+    _labels(lab)
+    done = lab.call("train", "r.toml")
+    assert done.rc == 0, done.said
+    before = _trained(lab, checkpoints=False)
+    while True:
+        shutil.rmtree(lab.train, ignore_errors=True)
+        for _ in range(KILLS):
+            after = rng.uniform(0.1, done.seconds)
+            outcome = lab.call("train", "r.toml", signal_after=after, number=signal.SIGINT)
+            late = outcome.rc == 130 and outcome.seconds - after > STOP_S
+            kind = "hang" if late else outcome.kind if outcome.kind in ("accepted", "told") else "traceback"
+            saved = "told to stop" in outcome.said
+            counts.add(kind, "with a checkpoint" if saved else "before or after the steps", outcome.said)
+        outcome = lab.call("train", "r.toml")
+        if outcome.rc:
+            counts.add("traceback", "after the stops", outcome.said)
+        difference = _differ(_trained(lab, checkpoints=False), before)
+        counts.add("wrong" if difference else "same", difference)
         yield 1
 
 
