@@ -25,30 +25,31 @@ def focal(text: str) -> float:
 
 
 _UNKNOWN_SCALE = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|#?n/?a\b|up to|\?")
-_UNITS = {
+UNITS = {
     word + plural: unit
     for words, unit in (("m metre meter", 1.0), ("cm centimetre centimeter", 0.01), ("mm millimetre millimeter", 0.001))
     for word in words.split()
     for plural in ("", "s")
 }
+"""Metres per unit, by the unit's names."""
 _LOOKS_LIKE_SCALE = re.compile(  # an unparsed number or unit: an error, never silently "unknown"
     r"[-+.,\d\u2212*/\u00f7=]|.*(\d[.,]\d|\d\s*/\s*\d|\de[-+]?\d)|[a-z_]+\s*[/*]\s*\d"
-    r"|metric\b|(\w*met(re|er)s?|[cmk\u00b5u]?ms?|in|inch(es)?|ft|feet|foot|yards?|miles?)\b"
+    r"|metric\b|(\w*met(re|er)s?|[cdmk\u00b5u]?ms?|in|inch(es)?|ft|feet|foot|yards?|miles?)\b"
 )
 
 
 def scale(text: str) -> float | None:
     """Metres per unit; None for words and for an empty cell. ValueError for a number that cannot be parsed."""
     plain = text.strip().strip("'\"").strip().lower()
-    if plain in _UNITS:
-        return _UNITS[plain]
+    if plain in UNITS:
+        return UNITS[plain]
     if _UNKNOWN_SCALE.match(plain):
         return None
     if _SHEET_ERROR.fullmatch(plain):
         raise ValueError(f"scale_to_metres {text!r} is a spreadsheet's error: correct its formula, or empty the cell")
     parts = re.fullmatch(rf"({NUMBER})\s*(?:/\s*({NUMBER}))?\s*([a-z]*)", plain)
-    if parts and (not parts[3] or parts[3] in _UNITS) and float(parts[2] or 1):
-        return float(parts[1]) / float(parts[2] or 1) * _UNITS.get(parts[3], 1.0)
+    if parts and (not parts[3] or parts[3] in UNITS) and float(parts[2] or 1):
+        return float(parts[1]) / float(parts[2] or 1) * UNITS.get(parts[3], 1.0)
     try:
         return float(plain)
     except ValueError:
@@ -59,6 +60,8 @@ def scale(text: str) -> float | None:
     return None
 
 
+OF_DISPARITY = re.compile(r"[\w)\].]\s*/\s*\(?\s*d(?:isp|\b)", re.IGNORECASE)
+"""Part of a formula that divides by disparity."""
 _SHEET_ERROR = re.compile(r"#[\w/]+[!?]?|err:\d+|#+")
 
 
@@ -70,7 +73,10 @@ def invalid(text: str) -> tuple[float, tuple[float, ...]]:
         raise ValueError(
             f'invalid {text!r}: {ambiguous[0]} may be one value or two: write {digits}, or the word "and" between'
         )
-    if unit := re.search(rf">=?\s*{NUMBER}\s*(?:[cm]?m|met(?:er|re)s?)\b", text):
+    if mask := _FILE.search(text):
+        raise ValueError(f"invalid {text!r}: {mask[0]} is a file, but no masks are read: store 0 there instead")
+    unit = re.search(rf">=?\s*{NUMBER}\s*{_LENGTH}\b", text) or re.fullmatch(rf"\s*{NUMBER}\s*{_LENGTH}\s*", text)
+    if unit:
         raise ValueError(f"invalid {text!r}: {unit[0]} has a unit, but values are compared as they are stored")
     if upper_bound := re.search(rf"<=?\s*({NUMBER})", text):
         if float(upper_bound[1]) > 0:
@@ -87,6 +93,8 @@ def invalid(text: str) -> tuple[float, tuple[float, ...]]:
     return min(bounds, default=float("inf")), tuple(sorted({value for value in values if 0 < value < _NEAR_16_BIT_MAX}))
 
 
+_LENGTH = r"(?:[cm]?m|met(?:er|re)s?)"
+_FILE = re.compile(r"\S+\.(?:png|npy|npz|jpe?g|tiff?|exr|pgm|bmp)\b", re.IGNORECASE)
 _THOUSANDS = re.compile(
     r"(?<![\d.,])(?:65[.,'\u2019 \u00a0\u2009\u202f][0-5]\d\d|[1-9]\d{0,2}[.,'\u2019 \u00a0\u2009\u202f]000)(?![\d.,])"
 )

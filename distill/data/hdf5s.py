@@ -15,7 +15,8 @@ from distill.data import packing
 def arrays(data: bytes) -> dict[str, np.ndarray]:
     """Every array of numbers by its path in the file; ImportError without h5py.
 
-    Values that netCDF's attributes declare missing are NaN; numbers with a declared scale are marked (data.packing).
+    Values that netCDF's attributes declare missing or out of range are NaN; numbers with a declared scale or unit are
+    marked (data.packing). ValueError for numbers that are compressed with a filter that is not installed.
     """
     import h5py
 
@@ -23,11 +24,17 @@ def arrays(data: bytes) -> dict[str, np.ndarray]:
 
     def collect(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub" and item.size < 1 << 30:
+            if missing := [str(number) for number in _filters(item) if not h5py.h5z.filter_avail(number)]:
+                raise ValueError(
+                    f"{name} is compressed with HDF5's filter {missing[0]}, which is not installed: store it with gzip"
+                )
             # MATLAB stores arrays column-major, and logical ones as uint8.
             stored = np.asarray(item[()].T if "MATLAB_class" in item.attrs else item[()])
             if item.attrs.get("MATLAB_class") == b"logical":
                 found[name] = stored.astype(bool)
             else:
+                unsigned = stored.dtype.kind == "i" and packing.text(item.attrs.get("_Unsigned")) == "true"
+                stored = stored.view(stored.dtype.str.replace("i", "u")) if unsigned else stored
                 found[name] = packing.by_netcdf(_filled(stored, item.attrs), item.attrs)
 
     with h5py.File(io.BytesIO(data), "r") as file:
@@ -35,14 +42,39 @@ def arrays(data: bytes) -> dict[str, np.ndarray]:
     return found
 
 
+def _filters(item: Any) -> list[int]:
+    """The numbers of the filters through which a data set must go."""
+    properties = item.id.get_create_plist()
+    filters = [properties.get_filter(i) for i in range(properties.get_nfilters())]
+    return [int(number) for number, *_ in filters]
+
+
 def _filled(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
-    """Replace values that netCDF's attributes declare missing by NaN; integers become floats then."""
+    """Replace values that netCDF's attributes declare missing or out of range by NaN; integers become floats then."""
+    absent = _beyond(values, notes)
     for name in ("_FillValue", "missing_value"):
-        missing = np.asarray(notes.get(name, np.nan)).ravel()
-        if missing.size == 1 and missing.dtype.kind in "fiu" and (values == missing[0]).any():
-            wide = values if values.dtype.kind == "f" else values.astype(np.float64)
-            values = np.where(values == missing[0], wide.dtype.type(np.nan), wide)
-    return values
+        for missing in packing.numbers(notes.get(name)):
+            absent |= values == missing
+    if not absent.any():
+        return values
+    wide = values if values.dtype.kind == "f" else values.astype(np.float64)
+    return np.where(absent, wide.dtype.type(np.nan), wide)
+
+
+def _beyond(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
+    """Where values are outside netCDF's valid_range, or valid_min and valid_max."""
+    absent = np.zeros(values.shape, bool)
+    span = packing.numbers(notes.get("valid_range"))
+    lowest, highest = (packing.numbers(notes.get(name)) for name in ("valid_min", "valid_max"))
+    lowest, highest = (span[:1], span[1:]) if span.size == 2 else (lowest[:1], highest[:1])
+    for bound, outside in ((lowest, np.less), (highest, np.greater)):
+        if not bound.size:
+            continue
+        if values.dtype.kind == "f":  # 0.1 as float64 is above 0.1 as float32
+            absent |= outside(values, bound.astype(values.dtype))
+        else:  # bounds of stored integers are integers: others are of what those mean
+            absent |= outside(packing.meant(values, notes) if bound.dtype.kind == "f" else values, bound)
+    return absent
 
 
 def open_hdf5(path: Path) -> Any:

@@ -42,7 +42,6 @@ REDUCED = "has 8 bits per pixel, but its depth has 16: a tool reduced it; unpack
 """The clause about a published 16-bit map that was stored anew with eight."""
 MAPPED = 1 << 22
 """Size in bytes from which a .npy is memory-mapped: allocating memory for it would take longer than reading it."""
-_PAGES = 16
 _MATRIX = 4
 """Side up to which an array beside others is taken for a camera matrix."""
 _NAMES = (
@@ -132,15 +131,22 @@ _MAT_4 = {(1000 * big + 10 * dtype).to_bytes(4, ("little", "big")[big]) for big 
 _UNKNOWN = "unknown format: store numbers without a header, as ETH3D and RealSense write them, as .npy"
 
 
+_CUT = ("EOF: reading array", "mmap length is greater", "File is not a zip file", "truncated file")
+"""Parts of the messages of NumPy, zipfile and HDF5 about a file that begins well."""
+
+
 def _unreadable(kind: str, error: BaseException) -> str:
     if "allow_pickle" in str(error) or "Python objects" in str(error):
         return f"not a readable .{kind} (pickled Python objects, which are not loaded: save only the array of numbers)"
+    if any(words in str(error) for words in _CUT):
+        return f"not a readable .{kind} (truncated: its end is missing)"
     return f"not a readable .{kind} ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
 
 
 def _plane(values: Any, scale: float | None = 1.0) -> np.ndarray:
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
-        raise BadMapError(f"holds {getattr(values, 'dtype', type(values).__name__)}, not real numbers")
+        packed = ", as numpy stores bfloat16: save it as float32" if getattr(values, "dtype", None) == "V2" else ""
+        raise BadMapError(f"holds {getattr(values, 'dtype', type(values).__name__)}, not real numbers{packed}")
     if reason := packing.conflict(values, scale):
         raise BadMapError(reason)
     values = np.asarray(values)
@@ -231,7 +237,8 @@ def _png_values(data: bytes) -> np.ndarray:
 def _grey_plane(values: np.ndarray, otherwise: str) -> np.ndarray:
     """The grey values (H,W) of a picture (H,W,C) with identical channels; else BadMapError with `otherwise`."""
     colours = values[..., : -1 if values.shape[-1] in (2, 4) else None]
-    if (colours != colours[..., :1]).any():
+    equal_nan = colours.dtype.kind == "f"
+    if not np.array_equal(colours, np.broadcast_to(colours[..., :1], colours.shape), equal_nan=equal_nan):
         raise BadMapError(f"{otherwise}; a depth map has one channel: store its numbers")
     alpha = values[..., -1]
     if values.shape[-1] in (2, 4) and alpha.min() < np.iinfo(alpha.dtype).max:
@@ -288,20 +295,19 @@ def _check_length(data: bytes, start: int, size: int, kind: str) -> None:
 
 
 def _tiff(data: bytes) -> np.ndarray:
-    page = 0  # the largest page: the first may be a thumbnail
+    page, mask = 0, None  # the largest page: the first may be a thumbnail
     with contextlib.suppress(Image.UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
         if image.mode == "P":
             raise BadMapError("a TIFF with a palette: a picture of a map, not a map; store its numbers")
-        sizes = [_page_size(image, number) for number in range(min(_PAGES, getattr(image, "n_frames", 1)))]
-        page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
-        if sizes.count(sizes[page]) > 1:
-            raise BadMapError(f"holds {sizes.count(sizes[page])} pictures of one size: one map is needed")
-    return tiffs.as_declared(tiffs.numbers(data, page), data, page)  # Pillow does not support float16 or float64
-
-
-def _page_size(image: Any, number: int) -> tuple[int, int]:
-    image.seek(number)
-    return image.width, image.height
+        sizes, masks = tiffs.page_sizes(image)
+        page = max(sizes, key=lambda number: sizes[number][0] * sizes[number][1])
+        if (count := list(sizes.values()).count(sizes[page])) > 1:
+            raise BadMapError(f"holds {count} pictures of one size: one map is needed")
+        mask = next((number for number, size in masks.items() if size == sizes[page]), None)
+    values = tiffs.numbers(data, page)  # Pillow does not support float16 or float64
+    if values.ndim == 3 and values.shape[-1] == 3:
+        values = _grey_plane(values, "has 3 channels: a picture, not a map")
+    return tiffs.as_declared(values, data, page, mask)
 
 
 def _dpt(data: bytes) -> np.ndarray:
@@ -355,7 +361,7 @@ def _mat(data: bytes) -> dict[str, Any]:
 
 
 def _png(data: bytes) -> np.ndarray:
-    if changed := signatures.sniff(data[:8].ljust(8)).removeprefix("PNG"):
+    if changed := signatures.sniff(data[:16].ljust(8)).removeprefix("PNG"):
         raise BadMapError(f"not a readable .png ({changed})")
     return _png_values(data)
 

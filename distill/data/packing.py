@@ -1,4 +1,4 @@
-"""Numbers that their file declares to mean others: stored x factor + offset, as netCDF and GDAL write them.
+"""Numbers that their file declares to mean others: stored x factor + offset, and a unit, as netCDF and GDAL write them.
 
 h5py, OpenCV and most TIFF readers return such numbers as stored, netCDF's and xarray's tools as meant. A caller that
 multiplies by the declared factor itself gets what the file means; anything else would be wrong without a word.
@@ -13,38 +13,74 @@ from typing import Any
 
 import numpy as np
 
+from distill.data import cells
+
+_LENGTHS = {
+    **cells.UNITS,
+    **{unit: 1000.0 for unit in ("km", "kilometre", "kilometer", "kilometres", "kilometers")},
+    **{unit: 0.3048 for unit in ("ft", "foot", "feet")},
+    **{unit: 0.0254 for unit in ("in", "inch", "inches")},
+    **{"dm": 0.1, "um": 1e-6},
+}
+"""Metres per unit of a file's own declaration; any other text declares nothing that matters here."""
+
 
 class Packed(np.ndarray):
-    """An array of stored numbers with the factor and offset that its file declares."""
+    """An array of stored numbers with the factor and offset to metres that its file declares, and its unit."""
 
     factor: float
     offset: float
+    unit: str
 
 
-def packed(values: np.ndarray, factor: float, offset: float) -> np.ndarray:
-    """The array, marked as Packed where its numbers mean others."""
+def packed(values: np.ndarray, factor: float, offset: float, unit: str = "") -> np.ndarray:
+    """The array, marked as Packed where its numbers mean others. unit: of the numbers after factor and offset."""
+    metres = _LENGTHS.get(unit.strip().rstrip(".").lower(), 1.0)
+    factor, offset = factor * metres, offset * metres
     if (factor, offset) == (1.0, 0.0) or not (math.isfinite(factor) and math.isfinite(offset)):
         return values
     marked = values.view(Packed)
-    marked.factor, marked.offset = factor, offset
+    marked.factor, marked.offset, marked.unit = factor, offset, unit.strip() if metres != 1.0 else ""
     return marked
 
 
 def by_netcdf(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
-    """`packed` by the attributes scale_factor and add_offset of an HDF5 data set."""
-    factor, offset = (_number(notes.get(name), plain) for name, plain in (("scale_factor", 1.0), ("add_offset", 0.0)))
-    return packed(values, factor, offset)
+    """`packed` by the attributes scale_factor, add_offset and units of an HDF5 data set."""
+    return packed(values, *_factor_and_offset(notes), text(notes.get("units")))
+
+
+def meant(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
+    """The numbers that stored ones mean by scale_factor and add_offset, in float64."""
+    factor, offset = _factor_and_offset(notes)
+    return values.astype(np.float64) * factor + offset
+
+
+def _factor_and_offset(notes: Mapping[str, Any]) -> tuple[float, float]:
+    return _number(notes.get("scale_factor"), 1.0), _number(notes.get("add_offset"), 0.0)
 
 
 def by_gdal(values: np.ndarray, xml: str) -> np.ndarray:
     """`packed` by the text of GDAL's metadata tag, of the first band."""
-    found: dict[str, float] = {}
-    for attributes, text in re.findall(r"<Item\b([^>]*)>([^<]*)</Item>", xml):
-        role = re.search(r'\brole="(scale|offset)"', attributes)
+    found: dict[str, str] = {}
+    for attributes, content in re.findall(r"<Item\b([^>]*)>([^<]*)</Item>", xml):
+        role = re.search(r'\brole="(scale|offset|unittype)"', attributes)
         sample = re.search(r'\bsample="(\d+)"', attributes)
         if role and (sample is None or sample[1] == "0"):
-            found[role[1]] = _number(text, math.nan)
-    return packed(values, found.get("scale", 1.0), found.get("offset", 0.0))
+            found[role[1]] = content
+    factor, offset = (_number(found.get(role, plain), math.nan) for role, plain in (("scale", 1.0), ("offset", 0.0)))
+    return packed(values, factor, offset, found.get("unittype", ""))
+
+
+def numbers(note: Any) -> np.ndarray:
+    """The numbers of an attribute, of any real dtype; none where it is absent or has no numbers."""
+    values = np.asarray(note).ravel()
+    return values if values.dtype.kind in "fiu" else np.empty(0)
+
+
+def text(note: Any) -> str:
+    """An attribute as text; "" where it is absent or not text."""
+    note = note.ravel()[0] if isinstance(note, np.ndarray) and note.size == 1 else note
+    return note.decode(errors="replace") if isinstance(note, bytes) else note if isinstance(note, str) else ""
 
 
 def _number(value: Any, otherwise: float) -> float:
@@ -62,5 +98,6 @@ def conflict(values: np.ndarray, factor: float | None) -> str:
         return ""
     sign = "-" if values.offset < 0 else "+"
     rule = f"stored x {values.factor:g}" + (f" {sign} {abs(values.offset):g}" if values.offset else "")
+    rule += f" (it is in {values.unit})" if values.unit else ""
     remedy = "" if values.offset else f", or give {values.factor:g} as scale_to_metres of a table of pairs"
     return f"its numbers mean {rule} by its own declaration, which is not applied: store that as .npy{remedy}"

@@ -247,7 +247,10 @@ _MISNAMED = {
         re.compile(r"scale|(?<![a-z])units?(?![a-z])|factor|divisor|metres.per|per.metre"),
         "metres per stored unit",
     ),
-    "invalid": (re.compile(r"invalid|no.?data|sentinel|fill.?value|missing.?value"), "stored values without a depth"),
+    "invalid": (
+        re.compile(r"invalid|no.?data|sentinel|fill.?value|missing.?value|(valid|depth).?mask"),
+        "stored values without a depth",
+    ),
     "kind": (re.compile(r"kind|^depth.type$"), "depth, disparity and the like"),
 }
 """What other names of a column probably mean: passed over, they would change every value without a word."""
@@ -351,7 +354,7 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
         kind = _kind(row.get("kind") or "depth", known=number is not None)
         if number is None and scale_text and kind.unknown == "metric":
             raise ValueError(f"scale_to_metres {scale_text!r} is no number, which the kind {kind} needs")
-        if number is None and kind.quantity == "depth" and _OF_DISPARITY.search(scale_text):
+        if number is None and kind.quantity == "depth" and cells.OF_DISPARITY.search(scale_text):
             raise ValueError(
                 f"scale_to_metres {scale_text!r} is a disparity formula that cannot be parsed, but kind says "
                 "depth: write Z[m]=f*b/disp or Z[m]=f*b/(disp/256), or set kind to disparity"
@@ -393,9 +396,6 @@ def _file_names(folder: Path) -> tuple[str, ...]:
         return tuple(path.name for path in folder.iterdir())
     except OSError:
         return ()
-
-
-_OF_DISPARITY = re.compile(r"[\w)\].]\s*/\s*\(?\s*disp", re.IGNORECASE)
 
 
 def _kind(text: str, *, known: bool) -> Kind:

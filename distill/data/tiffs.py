@@ -16,6 +16,7 @@ from distill.data import packing
 from distill.data.colour import UnusablePixelsError
 
 _WORDS = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
+_PAGES = 16
 _MODES = {2: "LA", 3: "RGB", 4: "RGBA"}
 _GDAL_METADATA, _NODATA = 42112, 42113
 _PHOTOS = (0, 1, 2)
@@ -32,8 +33,22 @@ def numbers(data: bytes, page: int = 0) -> np.ndarray:
     return np.asarray(imagecodecs.tiff_decode(data, index=page))
 
 
-def as_declared(values: np.ndarray, data: bytes, page: int = 0) -> np.ndarray:
-    """Samples with what GDAL's tags say of them: NaN for its no-data value, a mark (data.packing) for a scale."""
+def page_sizes(image: Image.Image) -> tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]]:
+    """(width, height) by number of the first pages: of pictures, and of masks of other pages, as GDAL writes them."""
+    sizes: dict[int, tuple[int, int]] = {}
+    masks: dict[int, tuple[int, int]] = {}
+    for number in range(min(_PAGES, getattr(image, "n_frames", 1))):
+        image.seek(number)
+        is_mask = int(image.tag_v2.get(254, 0)) & 4 and number  # type: ignore[attr-defined]
+        (masks if is_mask else sizes)[number] = image.size
+    return sizes, masks
+
+
+def as_declared(values: np.ndarray, data: bytes, page: int = 0, mask: int | None = None) -> np.ndarray:
+    """Samples with what their file says of them: NaN for GDAL's no-data value and where the page `mask` is zero, a mark
+    (data.packing) for a scale."""
+    if mask is not None:
+        values = _with_gaps(values, numbers(data, mask) == 0)
     try:
         tags = _tags(data, page)
     except (ValueError, OSError, LookupError, TypeError, struct.error):
@@ -50,6 +65,11 @@ def _without_nodata(values: np.ndarray, text: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         # The tag is text with more digits than a float32 sample: it is rounded to the samples' dtype before comparing.
         empty = values == (values.dtype.type(nodata) if values.dtype.kind == "f" else nodata)
+    return _with_gaps(values, empty)
+
+
+def _with_gaps(values: np.ndarray, empty: np.ndarray) -> np.ndarray:
+    """Samples with NaN where `empty`; integers become floats then."""
     if not empty.any():
         return values
     wide = values if values.dtype.kind == "f" else values.astype(np.float32 if values.itemsize < 4 else np.float64)

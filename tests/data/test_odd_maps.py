@@ -7,6 +7,7 @@ import struct
 import zipfile
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -212,9 +213,124 @@ def test_a_scale_that_a_file_declares_is_applied_by_its_reader_or_refused(tmp_pa
     for name, rule in (("a.h5", "stored x 1 - 2"), ("a.tif", r"stored x 1 \+ 0.5")):
         with pytest.raises(BadMapError, match=f"mean {rule} by its own declaration, which is not applied: store that"):
             read_map(tmp_path / name, scale=None)
-    hdf5_with(tmp_path / "a.h5", scale_factor=1.0, add_offset=0.0, units="mm")
+    hdf5_with(tmp_path / "a.h5", scale_factor=1.0, add_offset=0.0, units="m")
     gdal_with(tmp_path / "a.tif", SCALE.replace('"0"', '"1"'))
     assert read_map(tmp_path / "a.h5").tolist() == read_map(tmp_path / "a.tif").tolist() == CODES.tolist()
+
+
+UNIT = '<Item name="UNITTYPE" sample="0" role="unittype">cm</Item>'
+
+
+def test_a_unit_that_a_file_declares_is_a_scale(tmp_path):
+    hdf5_with(tmp_path / "a.h5", units="Centimeters")
+    gdal_with(tmp_path / "a.tif", UNIT)
+    for name in ("a.h5", "a.tif"):
+        with pytest.raises(BadMapError, match=r"stored x 0.01 .it is in (cm|Centimeters). by its own .* 0.01 as scale"):
+            read_map(tmp_path / name)
+        assert read_map(tmp_path / name, scale=0.01).tolist() == CODES.tolist()
+        assert read_map(tmp_path / name, scale=None).tolist() == CODES.tolist()
+    hdf5_with(tmp_path / "a.h5", units=np.bytes_("mm"), scale_factor=0.25)
+    gdal_with(tmp_path / "a.tif", UNIT.replace("cm", "mm") + SCALE.replace("0.001", "0.25"))
+    for name in ("a.h5", "a.tif"):
+        assert read_map(tmp_path / name, scale=0.00025).tolist() == CODES.tolist()
+        with pytest.raises(BadMapError, match="stored x 0.00025"):
+            read_map(tmp_path / name, scale=0.25)
+    for unit in ("m", "1", "pixel", 7):
+        hdf5_with(tmp_path / "a.h5", units=unit)
+        assert read_map(tmp_path / "a.h5").tolist() == CODES.tolist()
+
+
+@pytest.mark.parametrize(
+    ("notes", "valid"),
+    [
+        ({"valid_range": np.array([3, 10], np.uint16)}, range(3, 11)),
+        ({"valid_min": np.uint16(3)}, range(3, 13)),
+        ({"valid_max": 10, "missing_value": np.array([4, 5])}, [1, 2, 3, *range(6, 11)]),
+        ({"valid_range": np.array([0.003, 0.0105]), "scale_factor": 0.001}, range(3, 11)),  # of what is meant
+        ({"valid_range": np.array([3, 10]), "scale_factor": 0.001}, range(3, 11)),  # of what is stored
+        ({"valid_range": "3 to 10", "valid_max": "ten"}, range(1, 13)),
+    ],
+)
+def test_what_netcdf_declares_out_of_range_is_invalid(tmp_path, notes, valid):
+    hdf5_with(tmp_path / "a.nc", **notes)
+    read = read_map(tmp_path / "a.nc", scale=None)
+    assert read[np.isfinite(read)].tolist() == list(valid)
+    assert (read.dtype == np.uint16) == (len(valid) == 12)
+
+
+def test_the_ends_of_a_range_are_within_it(tmp_path):
+    with pytest.importorskip("h5py").File(tmp_path / "a.nc", "w") as file:
+        file["depth"] = MAP / 10
+        file["depth"].attrs["valid_range"] = np.array([0.3, 0.7])  # float64, both between two numbers of float32
+    assert np.isfinite(read_map(tmp_path / "a.nc")).sum() == 5
+
+
+def test_unsigned_integers_that_netcdf_stores_as_signed(tmp_path):
+    with pytest.importorskip("h5py").File(tmp_path / "a.nc", "w") as file:
+        file["depth"] = (CODES * 5000).astype(np.uint16).view(np.int16)
+        file["depth"].attrs["_Unsigned"] = "true"
+    assert read_map(tmp_path / "a.nc").tolist() == (CODES * 5000).tolist()
+
+
+def test_a_filter_of_hdf5_that_is_not_installed_is_named(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((3, 4))
+        properties.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, (0,))
+        kind, space = h5py.h5t.IEEE_F32LE, h5py.h5s.create_simple((3, 4))
+        h5py.h5d.create(file.id, b"depth", kind, space, properties).write_direct_chunk((0, 0), bytes(20))
+    with pytest.raises(BadMapError, match="depth is compressed with HDF5's filter 32001, which is not installed"):
+        read_map(tmp_path / "a.h5")
+
+
+def pages(path, *with_kinds):
+    with TiffImagePlugin.AppendingTiffWriter(str(path), True) as file:
+        for image, kind in with_kinds:
+            image.save(file, format="TIFF", tiffinfo={254: kind})
+            file.newFrame()
+
+
+def test_a_mask_within_a_tiff_says_what_is_valid(tmp_path):
+    whole, mask = Image.fromarray(MAP), Image.fromarray(CODES > 3)
+    pages(tmp_path / "a.tif", (whole, 0), (mask, 4), (mask.resize((2, 2)), 5))
+    read = read_map(tmp_path / "a.tif")
+    assert np.isnan(read.ravel()[:3]).all() and read.ravel()[3:].tolist() == list(range(4, 13))
+    pages(tmp_path / "a.tif", (whole, 0), (whole, 0))
+    with pytest.raises(BadMapError, match="holds 2 pictures of one size"):
+        read_map(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", ["u1", "u2", "f4"])
+def test_a_tiff_of_three_equal_channels_is_its_grey(tmp_path, kind):
+    three = np.dstack([CODES.astype(kind)] * 3)
+    cv2.imwrite(str(tmp_path / "a.tif"), three)
+    assert read_map(tmp_path / "a.tif").tolist() == CODES.tolist()
+    three[0, 0, 1] += 1
+    cv2.imwrite(str(tmp_path / "a.tif"), three)
+    with pytest.raises(BadMapError, match="has 3 channels: a picture, not a map"):
+        read_map(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("form", ["npy", "npz", "h5"])
+def test_a_file_without_its_end_is_called_so(tmp_path, form):
+    path = tmp_path / f"a.{form}"
+    big = np.ones((1100, 1000), np.float32)
+    if form == "h5":
+        with pytest.importorskip("h5py").File(path, "w") as file:
+            file["depth"] = big
+    else:
+        (np.save if form == "npy" else np.savez)(path, big)
+    for share in (0.99, 0.5):
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+        with pytest.raises(BadMapError, match=f"a readable .{form} .truncated: its end is missing"):
+            read_map(path)
+
+
+def test_bfloat16_has_no_type_in_numpy(tmp_path):
+    np.save(tmp_path / "a.npy", MAP.astype(np.float16).view("V2"))
+    with pytest.raises(BadMapError, match="as numpy stores bfloat16: save it as float32"):
+        read_map(tmp_path / "a.npy")
 
 
 def test_disparity_by_its_name_is_not_read_as_depth(tmp_path):

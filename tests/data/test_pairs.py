@@ -219,7 +219,7 @@ def test_a_scale_is_understood_or_refused_whatever_a_spreadsheet_made_of_it(tmp_
 
 @pytest.mark.parametrize(
     ("column", "cell", "belongs"),
-    [("nodata", "65535", "invalid"), ("invalid_value", "0", "invalid"), ("Depth Kind", "disparity", "kind")],
+    [("nodata", "65535", "invalid"), ("valid_mask", "m.png", "invalid"), ("Depth Kind", "disparity", "kind")],
 )
 def test_a_column_under_another_name_is_told(tmp_path, column, cell, belongs):
     path = tmp_path / "t.tsv"
@@ -295,14 +295,18 @@ def test_an_invalid_cell_that_is_no_rule_is_not_half_understood(tmp_path, cell):
 
 
 @pytest.mark.parametrize(
-    ("cell", "said"), [("65,535", "write 65535"), ("0, 65.535", "write 65535"), (">=10 m", ">=10 m has a unit")]
+    ("cell", "said"),
+    [
+        *(("65,535", "write 65535"), ("0, 65.535", "write 65535"), (">=10 m", ">=10 m has a unit")),
+        *(("80m", "80m has a unit"), ("mask/x.png", "mask/x.png is a file, but no masks are read")),
+    ],
 )
 def test_an_invalid_cell_of_two_readings_or_of_a_unit_is_refused(tmp_path, cell, said):
     with pytest.raises(ValueError, match=said):
         one(tmp_path, "1", cell)
 
 
-@pytest.mark.parametrize("scale", ["700*0.2/disp/256", "721.5*0.54/disp*256", "f*b/disparity", "0,5*700/disp"])
+@pytest.mark.parametrize("scale", ["700*0.2/disp/256", "721.5*0.54/disp*256", "f*b/disparity", "0,5*700/disp", "f*b/d"])
 def test_a_formula_of_disparity_that_is_not_understood_makes_no_depth(tmp_path, scale):
     with pytest.raises(
         ValueError, match="disparity formula that cannot be parsed, but kind says depth|is not a number"
