@@ -48,6 +48,7 @@ def sniff(data: bytes) -> str:
 
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\4CgBI", "a PNG as iOS apps pack it (CgBI): convert it with a Mac's Preview or pngcrush"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"\x89PNG\n", "a PNG whose line ends were changed, as in a transfer as text: copy it again as binary"),
     (b"\x89PNG\r\r", "a PNG whose line ends were changed, as in a transfer as text: copy it again as binary"),

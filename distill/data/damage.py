@@ -213,9 +213,25 @@ def tiff_is_cut(data: bytes, tags: Mapping[int, Any]) -> bool:
     bits = samples * int(_numbers(tags.get(258, 1))[0])
     row = (width * bits + 7) // 8
     if tiled:
-        return any(stops_mid_row(memoryview(data)[start : start + size], row, bits // 8) for start, size in places)
+        order = {place: number for number, place in enumerate(zip(offsets, sizes, strict=False))}
+        inside = [_of_picture(data, place, order[place], row, bits, tags) for place in places]
+        return any(stops_mid_row(tile, length, bits // 8) for tile, length in inside)
     joined = b"".join(data[start : start + size] for start, size in zip(offsets, sizes, strict=False))
     return stops_mid_row(joined, row, bits // 8)
+
+
+def _of_picture(
+    data: bytes, place: tuple[int, int], number: int, row: int, bits: int, tags: Mapping[int, Any]
+) -> tuple[bytes, int]:
+    """The bytes of a tile without its padding, which is zero, and the length of their rows."""
+    across, down = int(tags.get(322, 1)), int(tags.get(323, 1))
+    width, height = int(tags.get(256, 0)), int(tags.get(257, 0))
+    columns = -(-width // across)
+    left, top = number % columns * across, number // columns % -(-height // down) * down
+    length = (min(across, width - left) * bits + 7) // 8
+    stored = data[place[0] : sum(place)]
+    rows = [stored[at : at + length] for at in range(0, min(len(stored), row * (height - top)), row)]
+    return b"".join(rows), length
 
 
 def _numbers(value: Any) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distill.core.wording import counted
 from distill.shards.codec import CODECS, UNITS, code_rule
 
 README = "README.md"
@@ -25,7 +26,8 @@ def labels_readme(manifest: Mapping[str, Any]) -> str:
             # Without these lines, load_dataset takes the json files beside the tars as the data.
             *("---", "configs:", "- config_name: default", '  data_files: "*.tar"', "---", ""),
             *("# Depth labels", ""),
-            f"{manifest['samples']} squares of {manifest['images']['count']} images, {crops['size']} pixels.",
+            f"{counted(manifest['samples'], 'square')} of {counted(manifest['images']['count'], 'image')}, "
+            f"{crops['size']} pixels.",
             *("", "| teacher | weights | depth type | licence |", "|---|---|---|---|", *rows, ""),
             f"Licence of the images: {manifest['licence']['images'] or 'unknown'}.",
             "",

@@ -8,6 +8,7 @@ data. Thresholds are ours.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,9 @@ def _damage(log: Path, run: Line | None) -> list[Finding]:
 
 
 def _mean(lines: Sequence[Line], name: str) -> float:
-    return statistics.fmean(line[name] for line in lines if line.get(name) is not None)
+    """The mean of the numbers of a column; NaN where none of the lines has one."""
+    values = [line[name] for line in lines if line.get(name) is not None]
+    return statistics.fmean(values) if values else math.nan
 
 
 def _ends(lines: Sequence[Line], warmup: int) -> tuple[Sequence[Line], Sequence[Line]]:
@@ -117,6 +120,14 @@ def _idle(lines: Sequence[Line]) -> list[Finding]:
 
 def _scale(steps: Sequence[Line], warmup: int) -> Finding:
     """Drift and collapse of the output's deviation relative to its labels'."""
+    deviations = ("output_deviation", "label_deviation")
+    if not any(name in line for line in steps for name in deviations):
+        return Finding("ok", "scale: not logged")
+    for name in deviations:
+        if any(math.isnan(_mean(part, name)) for part in _ends(steps, warmup)):
+            whose = name.partition("_")[0]
+            message = f"scale: the {whose}'s deviation has no number in the first or the last fifth of the steps"
+            return Finding("warn", message, "check with `distill inspect` that labels have valid pixels")
     first, last = [
         _mean(part, "output_deviation") / max(_mean(part, "label_deviation"), 1e-12) for part in _ends(steps, warmup)
     ]

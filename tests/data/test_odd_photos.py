@@ -353,3 +353,24 @@ def test_a_tiff_without_its_tags_is_told_as_truncated():
     for broken in (data[:tags], data[:tags].ljust(len(data), b"\0")):
         with pytest.raises(BadImageError, match="truncated: its tags, .* are missing: download or copy it again"):
             decode(broken)
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_the_padding_of_tiles_is_no_unfinished_download(side):
+    out = io.BytesIO()
+    pixels = np.asarray(textured(60, 90))
+    pytest.importorskip("tifffile").imwrite(out, pixels, photometric="rgb", tile=(side, side))
+    whole = out.getvalue()
+    assert np.array_equal(decode(whole).permute(1, 2, 0).numpy(), pixels)
+    in_last = len(whole) - side * side * 3 + side * 3 + 25  # a row and 8 pixels of the last tile
+    with pytest.raises(BadImageError, match="as in an unfinished download"):
+        decode(whole[:in_last] + bytes(len(whole) - in_last))
+
+
+def test_a_png_of_an_ios_app_is_told():
+    data = bytearray(encoded(form="PNG"))
+    data[8:8] = struct.pack(">I", 4) + b"CgBI" + b"\x50\0\x20\6" + bytes(4)
+    with pytest.raises(BadImageError, match=r"a PNG as iOS apps pack it .CgBI.: convert it"):
+        decode(bytes(data))
+    with pytest.raises(BadMapError, match=r"a PNG as iOS apps pack it .CgBI.: convert it"):
+        decode_map(bytes(data), "a.png")

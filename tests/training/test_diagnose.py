@@ -68,6 +68,12 @@ def test_a_healthy_run_has_no_finding_and_a_growing_fresh_decoder_is_no_drift(tm
     assert {finding.level for finding in found} == {"ok"}
 
 
+@pytest.mark.parametrize("column", ["output_deviation", "label_deviation"])
+def test_deviations_without_a_number_are_told(column, tmp_path):
+    found = check_run(write(tmp_path / "run", **{column: lambda t: math.nan}))
+    assert found[0].what.startswith(f"scale: the {column[:-10]}'s deviation has no number") and found[1].level == "ok"
+
+
 def test_held_out_loss_that_rises_is_overfitting(tmp_path):
     extra = [{"step": s, "heldout": v} for s, v in ((20, 0.6), (40, 0.5), (60, 0.6), (80, 0.7))]
     found = check_run(write(tmp_path / "run", extra=extra))
