@@ -1,4 +1,4 @@
-"""Parsing of the cells of a table of pairs: metres per stored unit, invalid values, focal length.
+"""Parsing of the cells of a table of pairs: metres per stored unit, invalid values, focal length; odd columns.
 
 A cell that looks like a number or a rule but cannot be parsed raises a ValueError: a guess could be a wrong number.
 """
@@ -102,3 +102,15 @@ _THOUSANDS = re.compile(
 _UNSUPPORTED_RULE = re.compile(
     r"^\D*\b(?:max|saturat)\w*\b\D*$|\d\s*(?:[-\u2010-\u2015\u2212]|\.\.|to\b)\s*\d|\d\s*\+|!=|\b0x|\b(?:above|over|beyond|below|under|than)\s+\d"
 )
+MISNAMED = {
+    "scale_to_metres": (
+        re.compile(r"scale|(?<![a-z])units?(?![a-z])|factor|divisor|metres.per|per.metre"),
+        "metres per stored unit",
+    ),
+    "invalid": (
+        re.compile(r"invalid|no.?data|sentinel|fill.?value|missing.?value|(valid|depth).?mask"),
+        "stored values without a depth",
+    ),
+    "kind": (re.compile(r"kind|^depth.type$"), "depth, disparity and the like"),
+}
+"""What other names of a column probably mean: passed over, they would change every value without a word."""

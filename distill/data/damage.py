@@ -44,7 +44,7 @@ def unfinished(data: bytes, kind: str) -> str:
     if zeros < (4 if kind == "PNG" else ZEROS):
         return ""
     is_cut = {
-        "JPEG": lambda: data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"),
+        "JPEG": lambda: data.rfind(b"\xff\xd9") <= data.rfind(b"\xff\xda"),  # equal: both are missing
         "WebP": lambda: _webp_is_cut(data),
         "PNG": lambda: b"IEND" not in data[-zeros - 12 :],
         "GIF": lambda: data[-zeros - 1 : -zeros] != b";",

@@ -84,6 +84,8 @@ def field_suffix(name: str) -> str:
 
 def skip_category(name: str) -> str:
     """The category under which a skipped file is counted: its field's ending, its suffix, or system metadata."""
+    if name.endswith(".icloud"):
+        return ".icloud (photos that were not downloaded from it)"
     if is_litter(name):
         return "of the system (._*, .DS_Store, Thumbs.db)"
     return field_suffix(name) or PurePosixPath(name).suffix.lower()[:12] or "without a suffix"

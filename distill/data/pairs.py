@@ -123,6 +123,12 @@ class Pair:
             raise OSError(
                 f"{self.depth_path}: not a readable depth map ({error}); fix the file or remove its row"
             ) from error
+        below = stored[(stored < 0) & np.isfinite(stored)]
+        if below.size and not (stored > 0).any() and below.min() < below.max():  # one number alone means "no data"
+            raise ValueError(
+                f"{self.depth_path}: all its values are negative, from {below.min():g} to {below.max():g}, but only "
+                "positive ones are valid: where they are depth along -z, store their absolute values"
+            )
         top = maps.largest(stored.dtype)
         if is_metric and top < self.invalid_from and top not in self.invalid_values and stored.max() == top:
             self._tell_saturated(top, int((stored == top).sum()))
@@ -236,24 +242,10 @@ def _columns(path: Path, given: Sequence[str]) -> list[str]:
         )
     if duplicates := [name for name in _KNOWN_COLUMNS if columns.count(name) > 1]:
         raise ValueError(f"{path}: two columns are called {duplicates[0]}: remove one of them")
-    for column, (pattern, content) in _MISNAMED.items():
+    for column, (pattern, content) in cells.MISNAMED.items():
         if column not in columns and (found := next(filter(pattern.search, columns), None)):
             raise ValueError(f"{path}: the column {found} is not read: {content} belong in {column}")
     return columns
-
-
-_MISNAMED = {
-    "scale_to_metres": (
-        re.compile(r"scale|(?<![a-z])units?(?![a-z])|factor|divisor|metres.per|per.metre"),
-        "metres per stored unit",
-    ),
-    "invalid": (
-        re.compile(r"invalid|no.?data|sentinel|fill.?value|missing.?value|(valid|depth).?mask"),
-        "stored values without a depth",
-    ),
-    "kind": (re.compile(r"kind|^depth.type$"), "depth, disparity and the like"),
-}
-"""What other names of a column probably mean: passed over, they would change every value without a word."""
 
 
 def _unquoted(text: str) -> str:

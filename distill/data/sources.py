@@ -30,7 +30,7 @@ from distill.data import filetypes, photos, storage
 from distill.data import pairs as depth_pairs
 from distill.data import scenes as procedural
 from distill.data.photos import DECODE_ERRORS, MAX_BYTES, BadImageError, Photo, decode, safe_key
-from distill.data.tars import walk_tar
+from distill.data.tars import advice_for_folder, walk_tar
 
 SUFFIXES = filetypes.PHOTOS
 
@@ -130,25 +130,16 @@ def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]
         if not matches:
             missing.append(name)
         if what == "tar" and Path(name).is_dir() and not (matches := sorted(glob.glob(f"{glob.escape(name)}/*.tar"))):  # noqa: PTH207
-            raise FileNotFoundError(f"{name}: no .tar in this folder{_tar_advice(Path(name))}")
+            raise FileNotFoundError(f"{name}: no .tar in this folder{advice_for_folder(Path(name))}")
         paths.update(dict.fromkeys(map(Path, matches)))
     if missing:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"{missing[0]}{others}: no such {what}; check the path or pattern in [images]")
+        is_url = any(storage.is_url(pattern) for pattern in listed)
+        advice = "only tars are read from URLs: download it" if is_url else "check the path or pattern in [images]"
+        raise FileNotFoundError(f"{missing[0]}{others}: no such {what}; {advice}")
     if not paths:
         raise FileNotFoundError(f"[images] names no {what}")
     return list(paths)
-
-
-def _tar_advice(folder: Path) -> str:
-    """What a folder without tars holds, and what to do about it."""
-    names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
-    content = f", but {filetypes.summarize_counts(map(filetypes.skip_category, names))}" if names else ""
-    if tar_like := next((name for name in names if ".tar" in name.lower()), ""):
-        return f"{content}: unpack {tar_like}, join its parts into a .tar, or rename it to end in .tar"
-    if inner := next(iter(sorted(folder.glob("*/*.tar")) or sorted(folder.glob("*/*/*.tar"))), None):
-        return f"{content}, but {inner.relative_to(folder)} below it: give {folder}/**/*.tar"
-    return f"{content}; for photographs in a folder use `photos`"
 
 
 def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:

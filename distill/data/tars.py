@@ -7,11 +7,11 @@ import re
 import tarfile
 from collections.abc import Generator, Iterator
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from distill.core import signatures
-from distill.data import storage
+from distill.data import filetypes, storage
 from distill.data.photos import MAX_BYTES
 
 
@@ -30,7 +30,9 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
             return
         words = "" if b"ustar" in start else signatures.sniff(start) or signatures.text(start)
         if not start or words:
-            yield None, f"not a tar: it is {words or 'empty'}; download it again"
+            is_list = PurePosixPath(str(path)).suffix.lower() in (".txt", ".tsv", ".csv")
+            advice = "give the tars that it lists" if words and is_list else "download it again"
+            yield None, f"not a tar: it is {words or 'empty'}; {advice}"
             return
         at: int | None = 0
         while at is not None:
@@ -97,3 +99,14 @@ def _gap_problem(at: int, next_header: int | None, size: int, *, zeros: bool) ->
     if zeros:
         return f"the tar ends in {length} zero bytes from byte {at} on: it may be an unfinished download"
     return f"the tar is damaged at byte {at}: what follows is lost" if at else "not a tar: download it again"
+
+
+def advice_for_folder(folder: Path) -> str:
+    """What a folder without tars holds, and what to do about it."""
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
+    content = f", but {filetypes.summarize_counts(map(filetypes.skip_category, names))}" if names else ""
+    if tar_like := next((name for name in names if ".tar" in name.lower()), ""):
+        return f"{content}: unpack {tar_like}, join its parts into a .tar, or rename it to end in .tar"
+    if inner := next(iter(sorted(folder.glob("*/*.tar")) or sorted(folder.glob("*/*/*.tar"))), None):
+        return f"{content}, but {inner.relative_to(folder)} below it: give {folder}/**/*.tar"
+    return f"{content}; for photographs in a folder use `photos`"

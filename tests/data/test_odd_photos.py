@@ -374,3 +374,9 @@ def test_a_png_of_an_ios_app_is_told():
         decode(bytes(data))
     with pytest.raises(BadMapError, match=r"a PNG as iOS apps pack it .CgBI.: convert it"):
         decode_map(bytes(data), "a.png")
+
+
+def test_a_jpeg_of_which_only_the_header_arrived_is_told():
+    whole = encoded(form="JPEG")
+    with pytest.raises(BadImageError, match="truncated: it ends in .* zero bytes, like an unfinished download"):
+        decode(whole[:90] + bytes(len(whole) - 90))

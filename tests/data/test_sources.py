@@ -48,6 +48,15 @@ def test_glob_of_photos_and_no_photos(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no photos"):
         sources.folders(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="only tars are read from URLs: download it"):
+        sources.folders("https://a.org/b.jpg")
+
+
+def test_what_icloud_did_not_download_is_not_called_the_systems(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / ".b.HEIC.icloud").touch()
+    (one,) = sources.folders(tmp_path)[0].scan().skipped
+    assert one == (".icloud (photos that were not downloaded from it)", 1)
 
 
 @pytest.mark.parametrize("pattern", ["*/images", "*/images/*.png"])

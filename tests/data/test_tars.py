@@ -325,6 +325,9 @@ def test_a_page_in_a_tars_place_is_named(tmp_path, data, what):
     (tmp_path / "a.tar").write_bytes(data)
     (one,) = sources.tars(tmp_path / "a.tar")[0].scan().rejected
     assert one.reason.startswith("not a tar: it is ") and what in one.reason
+    (tmp_path / "a.txt").write_text("file_name\tcdn_link\n")
+    (one,) = sources.tars(tmp_path / "a.txt")[0].scan().rejected
+    assert one.reason.endswith("; give the tars that it lists")
 
 
 def test_a_folder_is_its_tars_and_other_fields_of_a_sample_are_no_photos(tmp_path):
