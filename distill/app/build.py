@@ -11,7 +11,6 @@ import functools
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ from distill.training.settings import TrainSettings
 
 def process() -> tuple[int, int]:
     """This process's rank and the number of processes, from the environment of torchrun and `accelerate launch`."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return machine.from_launcher("RANK", 0), machine.from_launcher("WORLD_SIZE", 1)
 
 
 def device(recipe: Recipe) -> torch.device:
@@ -71,7 +70,7 @@ def device(recipe: Recipe) -> torch.device:
         )
     # Without an index all processes of a machine would share its first card.
     if requested.type == "cuda" and requested.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+        return torch.device("cuda", machine.from_launcher("LOCAL_RANK", 0) % count)
     return requested
 
 

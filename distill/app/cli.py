@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             message = f"{os.fspath(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
-        console.fail((message or type(error).__name__) + hint)
+        console.fail_and_end((message or type(error).__name__) + hint)
         return 2
     except KeyboardInterrupt:
         from distill.app import console

@@ -1,7 +1,8 @@
 """Terminal output: lines, tables and progress. The only file that draws.
 
 Results go to standard output, everything else (progress, notes, errors) to standard error, so that output can be piped.
-Of several processes only the first prints. With `--json` every line of either is a JSON object.
+Of several processes only the first prints, and others only the fault that ends them. With `--json` every line of either
+is a JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rich.table import Table
 from distill.core.printable import printable
 from distill.core.progress import Report
 
-_quiet = os.environ.get("RANK", "0") != "0"
+_quiet = os.environ.get("RANK", "") not in ("", "0")
 # A service or a scheduler may start the process with closed streams: its output is then discarded.
 sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  (open until the process ends)
 sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
@@ -96,6 +97,22 @@ def fail(text: str) -> None:
             _object(_err, {"error": line})
         else:
             _err.print(f"[bold red]error:[/bold red] {escape(line)}", highlight=False)
+
+
+ALONE_S = 2.0
+"""Seconds in which a launcher ends the other processes after the first one's fault."""
+
+
+def fail_and_end(text: str) -> None:
+    """`fail` before this process ends: with its number where it is not the first one, whose own fault this may be.
+
+    A fault that all processes have is printed once: the launcher ends the others while they wait here.
+    """
+    if _quiet:
+        time.sleep(ALONE_S)
+        _err.quiet = False
+        text = "\n".join(f"process {os.environ['RANK']}: {line}" for line in text.splitlines())
+    fail(text)
 
 
 def table(

@@ -32,7 +32,18 @@ def has_shared_memory(size: int) -> bool:
 
 
 def _processes() -> int:
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, from_launcher("LOCAL_WORLD_SIZE", 1))
+
+
+def from_launcher(name: str, otherwise: int) -> int:
+    """A number of the environment that a launcher gives its processes; empty counts as not set, as scripts leave it.
+
+    ValueError names the variable.
+    """
+    text = os.environ.get(name, "").strip() or str(otherwise)
+    if not text.isdecimal():
+        raise ValueError(f"the environment variable {name} must be a number, as launchers set it, not {text!r}")
+    return int(text)
 
 
 def open_files() -> int | None:

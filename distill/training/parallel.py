@@ -15,6 +15,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 from torch import nn
 
+from distill.core import machine
 from distill.training import checkpoints
 from distill.training.averages import Averages
 from distill.training.schedule import make_optimizer
@@ -34,7 +35,7 @@ def accelerator_of(
     if missing := [name for name in settings.trackers if name not in installed]:
         raise ValueError(f"tracker {', '.join(missing)} is not installed; installed: {', '.join(installed)}")
     # Searching unused parameters costs a walk over the graph in every step. A frozen encoder is unused until it thaws.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = machine.from_launcher("WORLD_SIZE", 1) > 1
     idle = several and (settings.freeze_steps > 0 or not every_parameter_learns(student))
     requested = None if device is None else torch.device(device)
     if AcceleratorState._shared_state and AcceleratorState().distributed_type == DistributedType.NO:
@@ -114,7 +115,7 @@ def same_checkpoint(processes: Processes, out: Path, step: int) -> None:
     All processes call it. Raises OSError.
     """
     if not all(processes.gather([step in [saved.step for saved in checkpoints.find(out)]])):
-        writes = os.environ.get("LOCAL_RANK", "0") == "0"
+        writes = machine.from_launcher("LOCAL_RANK", 0) == 0
         checkpoints.hand_out(out, step, share=processes.share, main=processes.main, writes=writes)
         processes.wait()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from distill.app import cli, console
+from distill.app import build, cli, console
 from distill.app.cli import main
 from distill.app.verbs import show
 
@@ -204,6 +204,28 @@ def test_a_process_without_streams_has_a_console(monkeypatch):
     made["say"]("nobody hears it")
     for stream in (sys.stdout, sys.stderr):
         stream.close()
+
+
+def test_the_fault_of_a_process_that_is_not_the_first_one_is_told(shown, monkeypatch, tmp_path):
+    monkeypatch.setattr(console, "ALONE_S", 0.05)
+    for rank, quiet, said in (("", False, "error: "), ("3", True, "error: process 3: ")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(console, "_quiet", quiet)
+        out = shown(False)
+        console._err.quiet = quiet
+        started = time.perf_counter()
+        assert main(["verify", str(tmp_path / "nothing")]) == 2
+        assert out.getvalue().startswith(f"{said}{tmp_path}")
+        assert (time.perf_counter() - started > 0.05) or not quiet
+
+
+def test_what_a_launcher_should_have_set_is_named(monkeypatch):
+    for text, number in (("", 0), (" ", 0), ("2", 2)):
+        monkeypatch.setenv("RANK", text)
+        assert build.process()[0] == number
+    monkeypatch.setenv("RANK", "$SLURM_PROCID")
+    with pytest.raises(ValueError, match=r"the environment variable RANK must be a number, .* not '.SLURM_PROCID'"):
+        build.process()
 
 
 def test_a_number_that_is_none_does_not_end_the_work():
