@@ -6,8 +6,8 @@ bin. Colour pictures of maps, with or without a palette, are refused; a grey pal
 16-bit PNG of `distill predict` stores its range and is converted back to values.
 
 A picture with identical channels is read as grey; one with transparent pixels is refused. Values that a TIFF or HDF5
-file declares to be missing (GDAL's tag, netCDF's _FillValue) become NaN; numbers that it declares to mean others
-(scale and offset) are refused, unless the caller applies just that scale.
+file declares to be missing (GDAL's tag or mask, netCDF's _FillValue or valid_range) become NaN; numbers that it
+declares to mean others (scale, offset, unit) are refused, unless the caller applies just that scale.
 
 Shapes: H height, W width of the map as stored.
 """
