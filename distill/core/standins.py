@@ -169,4 +169,17 @@ def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
             return (
                 f"holds {name} with infinite numbers, as of a copy in float16 that overflowed: give the float32 weights"
             )
-    return ""
+    return _fault_of_zeros(state)
+
+
+def _fault_of_zeros(state: Mapping[str, Tensor]) -> str:
+    """The fault of weights of which a part never arrived: holes are zeros, and .safetensors has no checksums.
+
+    Single matrices of zeros are common: layers begin so, and some are never used.
+    """
+    matrices = [name for name, tensor in state.items() if name.endswith(".weight") and tensor.ndim >= 2]
+    empty = [name for name in matrices if not bool(state[name].any())]
+    if len(empty) < max(3, len(matrices) / 10):
+        return ""
+    rest = f"{len(empty) - 1} of the {len(matrices) - 1} others"
+    return f"holds {empty[0]} and {rest} as zeros alone, as an unfinished download does: download or copy it again"

@@ -180,6 +180,16 @@ def test_a_hole_in_a_download_is_no_weights(tmp_path):
         read_state(path)
 
 
+def test_zeros_where_most_of_a_network_should_be_are_a_hole(tmp_path):
+    state = {f"{i}.weight": torch.full((3, 3), float(i > 2)) for i in range(8)} | {"0.bias": torch.zeros(3)}
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsMismatchError, match="holds 0.weight and 2 of the 7 others as zeros alone, as an unfin"):
+        read_state(tmp_path / "w.safetensors")
+    state["2.weight"][1, 1] = 1e-9  # two layers that were never used
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    assert read_state(tmp_path / "w.safetensors").keys() == state.keys()
+
+
 def test_a_zip_of_something_else_is_named(tmp_path):
     for member, reason in (("a.safetensors", r"a zip archive \(a.safetensors\)"), ("x/constants.pkl", "TorchScript")):
         with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
