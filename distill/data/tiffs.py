@@ -109,8 +109,10 @@ def by_libtiff(data: bytes) -> Image.Image:
 
 def _tags(data: bytes, page: int = 0) -> ImageFileDirectory_v2:
     """The tags of one page; ValueError, OSError or struct.error where they cannot be read."""
-    head = data[:8] if data[2] != 43 and data[3] != 43 else data[:16]
-    tags = ImageFileDirectory_v2(head)
+    head = data[: 16 if 43 in data[2:4] else 8]
+    if data[:2] == b"MM":  # Pillow looks for BigTIFF's 43 in the third byte, whatever the order of a file's bytes
+        head = b"II" + head[3:1:-1] + head[4:]
+    tags = ImageFileDirectory_v2(head, prefix=data[:2])
     stream = io.BytesIO(data)
     for _ in range(page + 1):
         stream.seek(tags.next or 0)

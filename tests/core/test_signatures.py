@@ -7,7 +7,7 @@ import lzma
 import numpy as np
 import pytest
 
-from distill.core.signatures import packer, sniff
+from distill.core.signatures import packer, sniff, text
 from distill.core.weights import WeightsMismatchError, read_state
 from distill.data.maps import BadMapError, decode_map
 from distill.data.pairs import read_names
@@ -32,6 +32,32 @@ def test_a_compressed_file_is_one_to_whoever_reads_it(tmp_path, name):
         read_state(file)
     with pytest.raises(ValueError, match=asked):
         read_names(file)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"\0\0\0\x18ftypavis\0\0\0\0msf1miaf", "AVIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heicavif", "HEIC"),  # what follows the box is no brand
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "camera raw"),
+        (b"\0\0\0\x18ftypqt  \0\0\0\0qt  qt  ", "a video (MP4)"),
+        (b"MM\0+\0\x08\0\0", "TIFF"),
+        (b"II+\0\x08\0\0\0", "TIFF"),
+        (b"\x80\2}", "a Python pickle"),
+        (b"\x80\5}", "a Python pickle"),
+        (b"\x80\1}", ""),
+    ],
+)
+def test_formats_that_differ_in_a_few_bytes(data, kind):
+    assert sniff(data + bytes(99)) == kind
+
+
+def test_text_is_text_where_its_beginning_ends_inside_a_letter():
+    for number in range(3):
+        assert text(b"x" * number + ("\u5317" * 300).encode()).startswith("text, beginning '"), number
+    assert not text(bytes(range(128, 256)) * 4)
 
 
 def test_weights_that_are_another_kind_of_file(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from distill.data import hdr, photos
+from distill.data import colour, hdr, photos
 from distill.data.maps import BadMapError, decode_map
 from distill.data.photos import BadImageError, decode
 from tests.data.pictures import close, encoded, picture
@@ -30,28 +30,60 @@ def test_a_profile_of_srgb_changes_nothing_and_another_does(form):
     assert (decode(encoded(form=form, icc_profile=b"broken" * 40, **options)).int() - plain.int()).abs().max() == 0
 
 
-def linear_profile() -> bytes:
-    """sRGB's own profile with the tone curves of light itself."""
+def profile_of(curve: bytes = bytes(8)) -> bytes:
+    """sRGB's own profile with other tone curves: by default those of light itself."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for i in range(int.from_bytes(data[128:132], "big")):
         name, offset, size = struct.unpack(">4sII", data[132 + 12 * i : 144 + 12 * i])
         if name in (b"rTRC", b"gTRC", b"bTRC"):
-            data[offset : offset + size] = (b"curv" + bytes(8)).ljust(size, b"\0")
+            data[offset : offset + size] = (b"curv" + curve).ljust(size, b"\0")
     return bytes(data)
 
 
 def test_linear_light_becomes_srgb():
-    got = decode(encoded(Image.new("RGB", (4, 4), (55, 55, 55)), "PNG", icc_profile=linear_profile()))
-    assert abs(int(got[0, 0, 0]) - 128) <= 2, "a fifth of the light is the middle of sRGB"
+    light, image = profile_of(), Image.new("RGB", (4, 4), (55, 55, 55))
+    large = light + bytes(1 << 18)  # Pillow does not read it from a PNG
+    large = len(large).to_bytes(4, "big") + large[4:]
     deep = Image.fromarray(np.full((4, 4), 55 * 257, np.uint16))
+    tifffile, out = pytest.importorskip("tifffile"), io.BytesIO()
+    tifffile.imwrite(out, np.asarray(deep), byteorder=">", iccprofile=light)
+    for data in (
+        *(encoded(image.convert(mode), "PNG", icc_profile=icc) for icc in (light, large) for mode in ("RGB", "RGBA")),
+        encoded(deep, "PNG", icc_profile=light),
+        out.getvalue(),
+    ):
+        assert abs(int(decode(data)[0, 0, 0]) - 128) <= 2, "a fifth of the light is the middle of sRGB"
     assert abs(int(decode(encoded(deep, "PNG", icc_profile=None))[0, 0, 0]) - 55) <= 1
 
 
-def test_png_gamma_without_a_profile_is_applied():
-    data = encoded(Image.new("RGB", (4, 4), (55, 55, 55)), "PNG")
-    chunk = b"gAMA" + struct.pack(">I", 100000)
-    data = data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
-    assert abs(int(decode(data)[0, 0, 0]) - 128) <= 1
+def test_a_profile_that_differs_in_the_shadows_alone_is_applied():
+    gamma = profile_of(bytes(4) + struct.pack(">IH", 1, round(2.2 * 256)))
+    got = [decode(encoded(Image.new("RGB", (4, 4), 3 * (v,)), "PNG", icc_profile=gamma))[0, 0, 0] for v in (10, 128)]
+    assert abs(int(got[0]) - 3) <= 1 and abs(int(got[1]) - 128) <= 1
+
+
+def chunks(*added: tuple[bytes, bytes], image: Image.Image) -> bytes:
+    """A PNG with chunks (name, body) before its pixels."""
+    data = encoded(image, "PNG")
+    made = [struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in added]
+    return data[:33] + b"".join(made) + data[33:]
+
+
+@pytest.mark.parametrize(("gamma", "shown"), [(100000, 128), (45455, 55), (40000, 40), (20000, 2)])
+def test_png_gamma_without_a_profile_is_applied(gamma, shown):
+    grey, chunk = Image.new("RGB", (4, 4), (55, 55, 55)), (b"gAMA", struct.pack(">I", gamma))
+    assert abs(int(decode(chunks(chunk, image=grey))[0, 0, 0]) - shown) <= 1
+    assert int(decode(chunks((b"sRGB", b"\0"), chunk, image=grey))[0, 0, 0]) == 55, "sRGB counts before gAMA"
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()}]
+)
+def test_lab_becomes_srgb(options):
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    stored = ImageCms.profileToProfile(picture(), srgb, lab, outputMode="LAB")
+    got = decode(encoded(stored, "TIFF", **options)).permute(1, 2, 0).numpy()
+    assert np.abs(got.astype(int) - np.asarray(picture())).mean() < 4, "eight bits of Lab are coarse"
 
 
 def test_avif_and_heic_are_read():
@@ -79,16 +111,37 @@ def test_the_limit_of_pixels_is_the_users(monkeypatch):
     monkeypatch.setenv(photos.LIMIT, "800")
     with pytest.raises(BadImageError, match="36x24 is more than 800 pixels.*If not, set DISTILL_MAX_PIXELS=864"):
         decode(encoded(form="PNG"))
-    monkeypatch.setenv(photos.LIMIT, "many")
-    with pytest.raises(ValueError, match="DISTILL_MAX_PIXELS must be a number"):
-        decode(encoded(form="PNG"))
+    for wrong in ("many", "0"):
+        monkeypatch.setenv(photos.LIMIT, wrong)
+        with pytest.raises(ValueError, match="DISTILL_MAX_PIXELS must be a number"):
+            decode(encoded(form="PNG"))
 
 
 def test_what_is_transparent_everywhere_shows_its_colours_or_nothing():
     clear = np.dstack([np.asarray(picture()), np.zeros((24, 36), np.uint8)])
     assert close(decode(encoded(Image.fromarray(clear), "PNG")), picture(), 0)
-    with pytest.raises(BadImageError, match="nothing is visible"):
-        decode(encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"))
+    white_shown = np.dstack([np.asarray(picture()), np.zeros((24, 36), np.uint8)])
+    white_shown[0, 0] = 255
+    for image in (Image.new("RGBA", (8, 8), (0, 0, 0, 0)), Image.fromarray(white_shown)):
+        with pytest.raises(BadImageError, match="nothing is visible"):
+            decode(encoded(image, "PNG"))
+    assert (decode(encoded(Image.new("RGBA", (8, 8), (255, 255, 255, 255)), "PNG")) == 255).all()
+
+
+def test_a_picture_of_several_bands_is_that_of_one(monkeypatch):
+    half = np.full((24, 36, 4), 255, np.uint8)
+    half[:12, :, :3] = 0  # within each band all pixels are equal
+    shaded = np.dstack([np.asarray(picture()), np.asarray(picture())[..., 0]])
+    images = [picture(), Image.fromarray(RAMP), Image.fromarray(half), Image.fromarray(shaded)]
+    whole = [decode(encoded(image, "PNG")) for image in images]
+    for rows in (12, 7, 23):
+        monkeypatch.setattr(colour, "BAND", rows * 36)
+        assert all(decode(encoded(image, "PNG")).equal(want) for image, want in zip(images, whole, strict=True))
+
+
+def test_the_bits_of_deep_grey_are_those_that_the_file_declares():
+    for codes, bits, shown in (([0, 4095], 12, 255), ([0, 40950], 12, 159), ([0, 65535], 16, 255)):
+        assert colour.srgb(Image.fromarray(np.array([codes], np.uint16)), bits=bits)[0, 1, 0] == shown
 
 
 def tiff(pages, **options) -> bytes:
@@ -103,8 +156,20 @@ def test_a_thumbnail_before_the_picture_is_passed_over():
     assert decode(tiff([picture(), small])).shape == (3, 24, 36)
     with pytest.raises(BadImageError, match="thumbnail"):
         decode(encoded(small, "TIFF", tiffinfo={254: 1}))
-    with pytest.raises(BadImageError, match="camera raw"):
-        decode(encoded(small, "TIFF", tiffinfo={50706: b"\1\4\0\0"}))
+    assert decode(tiff([picture(), picture(30, 45)])).shape == (3, 24, 36), "not much larger: no thumbnail of it"
+    assert decode(tiff([small, picture(36, 24)])).shape == (3, 6, 9), "of another shape"
+    assert decode(tiff([small, picture()], tiffinfo={254: 0})).shape == (3, 6, 9), "declared to be whole"
+    for tags in ({"subfiletype": 1}, {"extratags": [(255, 3, 1, 2, True)]}):
+        tifffile, out = pytest.importorskip("tifffile"), io.BytesIO()
+        with tifffile.TiffWriter(out) as writer:
+            writer.write(np.asarray(small), photometric="rgb", **tags)
+            writer.write(np.asarray(picture()), photometric="rgb")
+        mask = out.getvalue().replace(struct.pack("<HHII", 254, 4, 1, 1), struct.pack("<HHII", 254, 4, 1, 4))
+        assert decode(out.getvalue()).shape == decode(mask).shape == (3, 24, 36), tags
+    raws = [encoded(small, "TIFF", tiffinfo={50706: b"\1\4\0\0"}), b"II*\0\x10\0\0\0CR\2\0" + bytes(99)]
+    for data in raws:
+        with pytest.raises(BadImageError, match="camera raw"):
+            decode(data)
 
 
 def test_deep_grey_with_white_at_zero_is_inverted():
@@ -155,6 +220,7 @@ def test_a_letterbox_is_no_unfinished_download(form):
 
 RAMP = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
 COLOURS = np.stack([RAMP, RAMP[::-1], RAMP // 2], -1)
+PLANES = np.moveaxis(COLOURS, 2, 0).copy()
 
 
 @pytest.mark.parametrize(
@@ -167,9 +233,15 @@ COLOURS = np.stack([RAMP, RAMP[::-1], RAMP // 2], -1)
             {"photometric": "minisblack", "extrasamples": ["unassalpha"]},
         ),
         ((RAMP >> 8).astype(np.uint32), {}),
-        (np.moveaxis(COLOURS, 2, 0).copy(), {"photometric": "rgb", "planarconfig": "separate"}),
+        (PLANES, {"photometric": "rgb", "planarconfig": "separate"}),
+        (PLANES, {"photometric": "rgb", "planarconfig": "separate", "bigtiff": True}),
+        (PLANES, {"photometric": "rgb", "planarconfig": "separate", "bigtiff": True, "byteorder": ">"}),
+        (
+            np.concatenate([PLANES, RAMP[None]]),
+            {"photometric": "rgb", "planarconfig": "separate", "extrasamples": ["unspecified"]},
+        ),
     ],
-    ids=["big-endian", "white is zero", "alpha", "8 of 32 bits", "planes"],
+    ids=["big-endian", "white is zero", "alpha", "8 of 32 bits", "planes", "big", "big, big-endian", "no alpha"],
 )
 def test_deep_tiffs_as_scanners_and_microscopes_write_them(pixels, options):
     out = io.BytesIO()
@@ -178,12 +250,27 @@ def test_deep_tiffs_as_scanners_and_microscopes_write_them(pixels, options):
     assert np.abs(decode(out.getvalue()).permute(1, 2, 0).numpy() - wanted / 257.0).max() <= 1
 
 
-def test_a_tiff_that_is_no_photograph_says_what_it_is():
+def test_planes_are_turned_and_have_their_profile():
+    out, options = io.BytesIO(), {"photometric": "rgb", "planarconfig": "separate"}
+    grey = np.full((3, 24, 36), 55 * 257, np.uint16)
+    grey[:, 0] = 0
+    turned = [(274, 3, 1, 6, True)]
+    pytest.importorskip("tifffile").imwrite(out, grey, iccprofile=profile_of(), extratags=turned, **options)
+    shown = decode(out.getvalue())
+    assert shown.shape == (3, 36, 24) and (shown[..., -1] == 0).all() and abs(int(shown[0, 0, 0]) - 128) <= 2
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "said"),
+    [
+        (np.ones((4, 5, 3), np.float32), {"photometric": "rgb"}, "floating-point 32-bit samples, 3 per pixel, .*"),
+        (PLANES, {"photometric": "cielab", "planarconfig": "separate"}, "unsigned 16-bit samples, 3 per pixel, .*"),
+    ],
+)
+def test_a_tiff_that_is_no_photograph_says_what_it_is(pixels, options, said):
     out = io.BytesIO()
-    pytest.importorskip("tifffile").imwrite(out, np.ones((4, 5, 3), np.float32), photometric="rgb")
-    with pytest.raises(
-        BadImageError, match="floating-point 32-bit samples, 3 per pixel, .*: save it with 8 or 16 bits"
-    ):
+    pytest.importorskip("tifffile").imwrite(out, pixels, **options)
+    with pytest.raises(BadImageError, match=f"{said}: save it with 8 or 16 bits"):
         decode(out.getvalue())
 
 
@@ -194,9 +281,7 @@ def test_a_wrong_checksum_beside_the_pixels_costs_nothing():
 
 
 def test_gamma_is_that_of_deep_grey_too():
-    data = encoded(Image.fromarray(np.full((4, 4), 55 * 257, np.uint16)), "PNG")
-    chunk = b"gAMA" + struct.pack(">I", 100000)
-    data = data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    data = chunks((b"gAMA", struct.pack(">I", 100000)), image=Image.fromarray(np.full((4, 4), 55 * 257, np.uint16)))
     assert abs(int(decode(data)[0, 0, 0]) - 128) <= 1
 
 
@@ -207,6 +292,7 @@ def test_gamma_is_that_of_deep_grey_too():
         (b"Access denied", "text, beginning 'Access denied'"),
         (bytes(128) + b"DICM" + bytes(99), "DICOM"),
         (b"\r\n\xff\xd8\xff\xe0" + bytes(99), r"a JPEG begins 2 bytes in, after b'\\r\\n'"),
+        (b"\1" * 31 + b"\xff\xd8\xff\xe0" + bytes(99), "a JPEG begins 31 bytes in"),
     ],
 )
 def test_what_stands_in_a_photos_place_is_named(data, reason):

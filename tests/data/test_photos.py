@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
+from distill.data import photos
 from distill.data.photos import BadImageError, decode, upright_size
 from tests.data.pictures import close, encoded, noise, picture
 
@@ -30,6 +32,7 @@ def test_exif_rotation_is_applied_once(orientation, form):
     want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert decode(data).shape[1:] == ((24, 36) if orientation < 5 else (36, 24))
     assert close(decode(data), want, 0)
+    assert upright_size(data) == (want.height, want.width, orientation)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -38,12 +41,14 @@ def test_the_size_of_a_png_needs_no_decoding_unless_its_orientation_may_stand_be
     exif[0x0112] = 6
     xmp = PngImagePlugin.PngInfo()
     xmp.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    magick = PngImagePlugin.PngInfo()  # as ImageMagick stores it
+    magick.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8}\n{exif.tobytes().hex()}\n")
     photo = Image.new("RGB", (12, 8))
     plain, first = encoded(photo, "PNG"), encoded(photo, "PNG", exif=exif)
     at = first.index(b"eXIf") - 4
     chunk = first[at : at + 12 + int.from_bytes(first[at : at + 4], "big")]
     last = plain[:-12] + chunk + plain[-12:]
-    for turned in (first, last, encoded(photo, "PNG", pnginfo=xmp)):
+    for turned in (first, last, *(encoded(photo, "PNG", pnginfo=text) for text in (xmp, magick))):
         assert upright_size(turned) == (12, 8, 6) and decode(turned).shape == (3, 12, 8)
 
     def never(self):
@@ -78,6 +83,16 @@ def test_palette_with_transparency_is_composited():
     image.putpixel((0, 0), 1)
     rgb = decode(encoded(image, "PNG", transparency=0))
     assert rgb[:, 0, 0].tolist() == [0, 0, 200] and rgb[:, 3, 3].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(("mode", "clear"), [("L", 0), ("RGB", (0, 0, 0))])
+def test_one_colour_that_is_transparent_is_white(mode, clear):
+    image = Image.new("L", (4, 4), 0)
+    image.putpixel((0, 0), 255)
+    image.putpixel((1, 0), 90)
+    shown = decode(encoded(image.convert(mode), "PNG", transparency=clear))
+    assert shown[:, 3, 3].tolist() == [255, 255, 255]
+    assert shown[:, 0, 1].tolist() == [90, 90, 90]
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "CMYK", "RGBA", "YCbCr"])
@@ -153,6 +168,28 @@ def test_bombs_are_refused_before_they_are_decoded(side):
         decode(png_claiming(side, side))
 
 
+def test_who_sets_the_limit_of_pixels_says_that_it_is_no_bomb(monkeypatch):
+    claimed, size = SimpleNamespace(width=9500, height=9500), 9500 * 9500 // 401
+    with pytest.raises(BadImageError, match=f"in {size} bytes: a decompression bomb. If not, set {photos.LIMIT}="):
+        photos._check_size(claimed, size, photos.MAX_PIXELS)
+    photos._check_size(claimed, 9500 * 9500 // 399, photos.MAX_PIXELS)
+    monkeypatch.setenv(photos.LIMIT, "100000000")
+    photos._check_size(claimed, 99, photos.max_pixels())
+    with pytest.raises(BadImageError, match=r"20000x20000 is more than 100000000 pixels.* \(2.8 GB of memory\)"):
+        photos._check_size(SimpleNamespace(width=20000, height=20000), 1 << 30, photos.max_pixels())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert close(decode(encoded(form="PNG")), picture(), 0), "Pillow's own limit is not that of this project"
+
+
+def test_a_file_beyond_the_limit_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(data := encoded(form="PNG"))
+    monkeypatch.setattr(photos, "MAX_BYTES", len(data))
+    assert close(photos.load_file(tmp_path / "a.png", "a", "a.png").rgb, picture(), 0)
+    monkeypatch.setattr(photos, "MAX_BYTES", len(data) - 1)
+    with pytest.raises(BadImageError, match=f"{len(data)} bytes is more than {len(data) - 1}"):
+        photos.load_file(tmp_path / "a.png", "a", "a.png")
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -164,6 +201,7 @@ def test_bombs_are_refused_before_they_are_decoded(side):
         (encoded(form="PNG")[:90], "truncated: its end is missing"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
         (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "integers from 70000"),
+        (encoded(Image.fromarray(np.full((4, 4), -5, np.int32)), "TIFF"), "integers from -5"),
         (encoded(noise(99), quality=95)[:6000] + bytes(6000), "truncated: it ends in 6000 zero bytes"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is PostScript"),
     ],

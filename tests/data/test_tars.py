@@ -85,6 +85,10 @@ def test_a_tar_cut_anywhere_gives_its_complete_members_and_one_line(tmp_path):
         scan = sources.tars(path)[0].scan()
         assert len(scan.entries) == sum(end <= cut for end in ends), cut
         assert len(scan.rejected) == 1 and "tar" in scan.rejected[0].reason, cut
+        inside = [end for start, end in zip([0, *ends], ends, strict=False) if start + 1024 < cut < end]
+        for end in inside:  # as much as a member's data lacks
+            said = f"the tar is cut: it ends {end - cut} bytes before the end of this file"
+            assert scan.rejected[0].reason == said
         for entry in scan.entries:
             entry.load()
     assert sources.tars(whole)[0].scan().rejected == ()
@@ -153,6 +157,33 @@ def test_zeros_to_the_end_are_an_unfinished_download(tmp_path):
     assert reasons == [
         f"the tar ends in {len(data) - at} zero bytes from byte {at} on: it may be an unfinished download"
     ]
+
+
+def test_the_end_mark_may_be_one_block_and_no_less(tmp_path):
+    data, places_ = photo_tar(tmp_path / "a.tar", count=1)
+    end = places_[0][1] + 512 * -(-len(encoded(picture(seed=0))) // 512)
+    assert scanned(tmp_path / "a.tar", data[: end + 512]) == (["sa_0"], [])
+    for rest in (0, 100):
+        said = f"the tar has no end mark: it may have been cut at byte {end + rest}"
+        assert scanned(tmp_path / "a.tar", data[: end + rest]) == (["sa_0"], [said])
+
+
+def test_a_broken_header_before_a_large_file_or_none(tmp_path):
+    # Of nearly 1 MiB, so that what follows lies in the next part that is read.
+    large = encoded() + np.random.default_rng(0).bytes(2**20 - 512 - len(encoded()))
+    path = pack(tmp_path / "a.tar", [("a.jpg", large), ("b.jpg", encoded())])
+    whole = path.read_bytes()
+    assert scanned(path, b"\xaa" * 512 + whole[512:])[0] == ["b"]
+    path = pack(tmp_path / "a.tar", [("a.jpg", encoded()), ("b.jpg", large)])
+    at = len(whole) - len(path.read_bytes()) + path.read_bytes().index(b"b.jpg")
+    data = bytearray(path.read_bytes())
+    data[at : at + 512] = b"\xaa" * 512
+    assert scanned(path, data) == (["a"], [f"the tar is damaged at byte {at}: what follows is lost"])
+    data = bytearray(pack(path, [("a.jpg", encoded()), ("empty.txt", b""), ("b.jpg", encoded())]).read_bytes())
+    at = data.index(b"empty.txt")
+    data[at : at + 512] = b"\xaa" * 512
+    lost = f"the tar is damaged at byte {at}: 512 bytes are lost, up to the next whole header"
+    assert scanned(path, data) == (["a", "b"], [lost])
 
 
 def test_a_tar_behind_another_is_read(tmp_path):
@@ -319,12 +350,18 @@ def test_two_tars_of_one_name_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "what"),
-    [(b"<!DOCTYPE html>", "text, beginning"), (b"version https://git-lfs.g", "git lfs"), (b"", "empty")],
+    [
+        (b"<!DOCTYPE html>", "not a tar: it is text, beginning"),
+        (b"version https://git-lfs.g", "not a tar: it is a git-lfs pointer"),
+        (b"", "not a tar: it is empty"),
+        (b"PK\3\4" + bytes(600), "it is compressed with zip: unpack it"),
+        (b"\x1f\x8b" + bytes(600), "it is compressed with gzip: unpack it"),
+    ],
 )
 def test_a_page_in_a_tars_place_is_named(tmp_path, data, what):
     (tmp_path / "a.tar").write_bytes(data)
     (one,) = sources.tars(tmp_path / "a.tar")[0].scan().rejected
-    assert one.reason.startswith("not a tar: it is ") and what in one.reason
+    assert one.reason.startswith(what)
     (tmp_path / "a.txt").write_text("file_name\tcdn_link\n")
     (one,) = sources.tars(tmp_path / "a.txt")[0].scan().rejected
     assert one.reason.endswith("; give the tars that it lists")
