@@ -80,8 +80,9 @@ def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camer
         raise ValueError("intrinsics must be 3 x 3 in pixels: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
     fx, fy, cx, cy = (float(matrix[index]) for index in ((0, 0), (1, 1), (0, 2), (1, 2)))
     narrow = math.tan(math.radians(NARROWEST) / 2)
-    if fx < 0.1 * width or fy < 0.1 * height or width / 2 / fx < narrow or height / 2 / fy < narrow:
-        degrees = math.degrees(2 * math.atan(width / 2 / fx))
+    if wrong := [(f, side) for f, side in ((fx, width), (fy, height)) if f < 0.1 * side or side / 2 / f < narrow]:
+        focal, side = wrong[0]
+        degrees = math.degrees(2 * math.atan(side / 2 / focal))
         raise ValueError(
             f"intrinsics of {fx:g} and {fy:g} pixels see {degrees:.3g} degrees of an image of {width} x {height}: they "
             "are in its pixels, not in millimetres or parts of its sides"

@@ -63,6 +63,46 @@ def test_every_form_of_a_picture_is_the_same_picture(tmp_path):
         depth = model(form)
         assert np.allclose(depth.numpy(), RGB[..., 0] / 255.0, atol=1e-6), name
         assert (depth.photo.permute(1, 2, 0).numpy() == RGB).all(), name
+        assert depth.licence == "CC0"
+    read = io.BytesIO((tmp_path / "a.png").read_bytes())
+    read.read()  # as a web framework may have done
+    assert torch.equal(picture(read), CHW)
+
+
+def test_what_is_transparent_is_white_and_what_is_nearly_a_level_is_that_level():
+    rgba = np.full((2, 2, 4), 200, np.uint8)
+    rgba[..., 3] = [[0, 25], [100, 255]]
+    shown = [[255, 250], [233, 200]]  # rounded, not cut off
+    assert picture(rgba)[0].tolist() == shown
+    assert (picture(torch.from_numpy(rgba).permute(2, 0, 1) / 255)[0] * 255).round().tolist() == shown
+    for level, stored in ((0.999, 255), (1.1, 255), (-0.1, 0), (0.498, 127)):
+        assert (Model(Red())(torch.full((3, 2, 2), level)).photo == stored).all()
+
+
+class Metres(Red):
+    """Its map depends on the focal length."""
+
+    takes_focal, focal = True, 0.0
+
+    def predict(self, images, *, focal=None):
+        self.focal = focal
+        return super().predict(images)
+
+
+def test_a_camera_is_for_a_model_that_takes_one():
+    metres = Metres(Kind.METRIC_DEPTH)
+    for camera, focal in (
+        ({"fov": 90}, 3.5),  # half of the width of 7
+        ({"intrinsics": [[6, 0, 3.5], [0, 8, 2.5], [0, 0, 1]]}, 7),
+        ({}, None),
+    ):
+        Model(metres)(RGB, **camera)
+        assert metres.focal == (focal and pytest.approx(focal))
+    plain = Red()
+    plain.card.weights = "red.pth"
+    for camera in ({"fov": 60}, {"intrinsics": np.eye(3)}):
+        with pytest.raises(ValueError, match=f"{next(iter(camera))}: the map of red.pth does not depend on the camera"):
+            Model(plain)(RGB, **camera)
 
 
 def test_grey_and_several():
@@ -87,6 +127,7 @@ def test_grey_and_several():
         (RGB.astype(np.int64), "uint8"),
         (RGB.astype(np.uint16), "65535"),
         (torch.full((3, 4, 4), torch.nan), "not finite"),
+        (torch.full((3, 4, 4), torch.inf), "not finite"),
         (torch.zeros(4, 4), r"image\[None\]"),
         (torch.zeros(5, 4, 4), "3 channels"),
         (torch.zeros(3, 0, 4), "no pixels"),
@@ -111,7 +152,16 @@ def test_a_map_is_saved_as_predict_does(tmp_path):
         low, high = float(png.text["low"]), float(png.text["high"])
         values = low + np.asarray(png) / 65535 * (high - low)
     assert np.allclose(values, depth.numpy(), atol=1e-4) and png.text["kind"] == "affine_disparity"
-    assert Image.open(depth.save(str(tmp_path / "a.jpg"))).size == (7, 5)
+    large = dataclasses.replace(depth, values=torch.arange(64.0 * 48).reshape(64, 48) % 999)
+    large = dataclasses.replace(large, valid=large.values >= 0, photo=torch.zeros(3, 64, 48, dtype=torch.uint8))
+    with Image.open(large.save(str(tmp_path / "a.jpg"))) as jpg:
+        assert np.abs(np.asarray(jpg).astype(int) - large.colorize()).mean() < 6
+    head, _, rows = large.save(tmp_path / "a.ply", fov=60, far=3).read_bytes().partition(b"end_header\n")
+    z = np.frombuffer(rows, np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3)]))["xyz"][:, 2]
+    assert z.max() / z.min() == pytest.approx(3) and b"3 times as far" in head
+    assert "<title>a</title>" in large.save(tmp_path / "a.html", fov=60).read_text()
+    with pytest.raises(ValueError, match="values that are not finite: save it as .npy"):
+        dataclasses.replace(large, values=large.values / 0).save(tmp_path / "b.png")
     with pytest.raises(ValueError, match=r"\.npy"):
         depth.save(tmp_path / "a.exr")
     some = dataclasses.replace(depth, valid=torch.arange(35).reshape(5, 7) > 9)  # sky, of some teachers
@@ -132,7 +182,18 @@ def test_colours_show_near_bright():
             first, last = picture_[0, 0].sum(), picture_[-1, -1].sum()
             assert (last > first) == (kind.quantity == "disparity"), (kind, cmap)
             assert len(set(picture_[0, 5])) == 1 or cmap == "distill"
-    assert np.isnan(depth.numpy()[0, 5])
+    assert np.isnan(depth.numpy()[0, 5]) and np.asarray(depth, dtype=np.float64).dtype == np.float64
+
+
+def test_colours_are_of_the_values_between_which_nearly_all_lie():
+    values = torch.arange(400.0).reshape(20, 20)
+    values[0, 0], values[19, 19], values[10, 10] = -1e6, 1e6, torch.inf
+    depth = Depth(values, values < 9e9, Kind.AFFINE_DISPARITY, torch.zeros(3, 20, 20, dtype=torch.uint8))
+    grey = depth.colorize("gray")
+    assert abs(int(grey[10, 0, 0]) - 128) <= 2 and grey[19, 19, 0] == 255 and grey[0, 0, 0] == 0
+    assert grey[10, 10].tolist() == [128, 128, 128], "no value"
+    jet = depth.colorize("jet").astype(int)
+    assert jet[0, 0, 2] > 100 > jet[0, 0, 0] and jet[19, 19, 0] > 100 > jet[19, 19, 2], "far is blue, near is red"
     with pytest.raises(ValueError, match="turbo"):
         depth.colorize("rainbow")
 
@@ -153,6 +214,7 @@ def test_points_lie_where_the_camera_saw_them():
     # At 90 degrees the left edge of the picture is as far to the left as it is deep.
     assert np.isclose(cloud.points[:, 0].min(), -2.0 * (1 - 1 / 6)) and np.isclose(cloud.points[:, 0].mean(), 0)
     assert (cloud.colors[1] == photo[:, 0, 1].numpy()).all()
+    assert len(flat.point_cloud(fov=90, stride=2).points) == 2 * 3
     same = flat.point_cloud(intrinsics=[[3, 0, 3], [0, 3, 2], [0, 0, 1]])
     assert np.allclose(same.points, cloud.points)
     inverse = Depth(torch.full((4, 6), 0.5), everywhere, Kind.METRIC_DISPARITY, photo)

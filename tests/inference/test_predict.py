@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.data.maps import decode_map
 from distill.eval.reports.figures import INVALID
 from distill.inference import outputs, predict
+from distill.inference.pictures import within_jpeg
 from tests.inference.fake import Fake, call, grey, names, shoot, silent, value
 
 
@@ -50,8 +52,11 @@ def test_all_formats_hold_the_prediction(photos, tmp_path):
     assert codes.min() == 0 and codes.max() == 65535 and said["kind"] == "affine_disparity"
     low, high = float(said["low"]), float(said["high"])
     np.testing.assert_allclose(low + codes / 65535 * (high - low), values, atol=(high - low) / 65535)
-    with Image.open(out / "a_side.jpg") as side:
+    with Image.open(out / "a_side.jpg") as side, Image.open(photos / "a.png") as photo:
         assert side.size == (80, 30)
+        left = np.asarray(side).astype(int)[:, :40]
+        assert np.abs(left - np.asarray(photo.convert("RGB"))).mean() < 6, "the photo, then its map"
+    assert json.loads((out / "predict.json").read_text())["licence"] == "CC0"
     colour = np.asarray(Image.open(out / "a_colour.png")).astype(int).sum(-1)
     assert colour[0, -1] > colour[0, 0]  # near is bright
 
@@ -76,9 +81,53 @@ def test_another_student_does_not_mix_into_the_same_folder(photos, tmp_path):
     jobs = predict.find([str(photos)], out=out)
     predict.run(estimator, jobs, out=out, report=silent)
     other = Fake()
-    other.card = type("card", (Fake.card,), {"revision": "r2"})
-    with pytest.raises(ValueError, match="out: holds predictions with another revision .fake.; give another --out"):
-        predict.run(other, jobs, out=out, report=silent)
+    for key, changed in (("revision", {"revision": "r2"}), ("size", {"native_size": 65})):
+        other.card = type("card", (Fake.card,), changed)
+        with pytest.raises(ValueError, match=f"out: holds predictions with another {key} .fake.; give another --out"):
+            predict.run(other, jobs, out=out, report=silent)
+
+
+def test_a_model_in_metres_is_given_the_camera_and_its_maps_are_of_one(photos, tmp_path):
+    class Metres(Fake):
+        takes_focal, focal = True, None
+
+        def predict(self, images, *, focal=None):
+            self.focal = focal
+            return super().predict(images)
+
+    out, model = tmp_path / "out", Metres()
+    jobs = predict.find([str(photos / "a.png")], out=out)
+    predict.run(model, jobs, out=out, formats=["npy"], report=silent, lens=predict.Lens(fov=90))
+    assert model.focal == pytest.approx(20), "half of the width of 40"
+    with pytest.raises(ValueError, match="predictions with another camera"):
+        predict.run(model, jobs, out=out, formats=["npy"], report=silent, lens=predict.Lens(fov=60))
+    other = Fake()  # of the same revision: the folder still remembers the camera
+    predict.run(other, jobs, out=out, formats=["npy"], report=silent)
+    with pytest.raises(ValueError, match="predictions with another camera"):
+        predict.run(model, jobs, out=out, formats=["npy"], report=silent, lens=predict.Lens(fov=60))
+
+
+def test_a_teacher_without_weights_has_those_of_its_first_card(monkeypatch):
+    class Teacher:
+        card = None
+
+        @staticmethod
+        def load(weights, *, device="cpu"):
+            return SimpleNamespace(card=weights)
+
+    module = SimpleNamespace(Teacher=Teacher, CARDS=[SimpleNamespace(weights=name) for name in ("a/first", "a/last")])
+    monkeypatch.setattr(predict, "find_plugin", lambda package, name: module)
+    assert predict.load_teacher("any", device="cpu").card == "a/first"
+    assert predict.load_teacher("any", "b/other", device="cpu").card == "b/other"
+
+
+def test_what_is_coloured_is_nearness_between_two_percentiles():
+    values = np.array([0.0, 1.0, 2.0, 4.0], np.float32)
+    assert predict.nearness(values, "affine_disparity").tolist() == values.tolist()
+    assert predict.nearness(values, "affine_depth").tolist() == (-values).tolist()
+    for kind in ("metric_depth", "scale_depth"):
+        assert predict.nearness(values, kind).tolist() == pytest.approx([1000, 1, 0.5, 0.25])
+    assert predict._shown(np.array([*range(101), np.nan])) == (1, 99)
 
 
 def test_the_verb_from_photo_to_files(photos, tmp_path, capsys):
@@ -94,7 +143,7 @@ def test_the_verb_from_photo_to_files(photos, tmp_path, capsys):
 
 
 def test_five_lines_give_a_depth_map(photos):
-    depth = predict.load("pocket", device="cpu", size=28).predict(predict.read(photos / "a.png"))
+    depth = predict.load("pocket", device="cpu", size=28).predict(predict.read(photos / "a.png"), focal=30.0)
     assert isinstance(depth, DepthMap) and depth.values.shape == (1, 30, 40) and depth.kind == "affine_disparity"
 
 
@@ -236,13 +285,15 @@ def test_what_a_model_leaves_out_is_no_fault_and_a_map_without_numbers_is_no_map
         ends = predict.value_range(known)
         for name in ("png", "npy", "colour", "side"):
             predict.write_map(tmp_path / name, name, known, np.zeros((4, 4, 3), np.uint8), ends, "metric_depth")
-        np.testing.assert_allclose(decode_map((tmp_path / "png").read_bytes(), "a.png"), known, atol=1e-3)
+        np.testing.assert_allclose(decode_map((tmp_path / "png").read_bytes(), "a.png"), known, atol=9e-5)
         np.testing.assert_array_equal(np.load(tmp_path / "npy"), known)
         assert (np.asarray(Image.open(tmp_path / "colour"))[0] == np.array(INVALID)).all()
     everywhere = DepthMap(values, torch.ones_like(some), Kind.AFFINE_DISPARITY)
     with pytest.raises(predict.BadImageError, match="is 0 everywhere: its training has collapsed"):
         predict._whole(everywhere, photo)
     assert predict._whole(everywhere, photo * 0).shape == (4, 4), "of a plain picture it may be"
+    dot = DepthMap(values[:, :1, :1], torch.ones(1, 1, 1, dtype=torch.bool), Kind.AFFINE_DISPARITY)
+    assert predict._whole(dot, photo[:, :1, :1]).shape == (1, 1)
 
 
 def test_beside_a_panorama_that_no_jpeg_holds_the_picture_is_smaller(tmp_path):
@@ -250,3 +301,4 @@ def test_beside_a_panorama_that_no_jpeg_holds_the_picture_is_smaller(tmp_path):
     predict.write_map(tmp_path / "side.jpg", "side", values, rgb, (0.0, 1.0), "affine_disparity")
     with Image.open(tmp_path / "side.jpg") as side:
         assert side.size == (33000, 2)
+    assert within_jpeg(np.zeros((1, 65500, 3), np.uint8)).shape == (1, 65500, 3), "what fits is kept"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill.app.cli import main
+from distill.core.depth import Kind
 from distill.inference import predict, solid
 from tests.inference.fake import Fake, call, grey, shoot, silent
 
@@ -37,7 +41,42 @@ def test_a_surface_is_cut_at_jumps_and_holes():
     across = np.cross(*(shape.points[shape.faces[:, k]] - shape.points[shape.faces[:, 0]] for k in (1, 2)))
     assert (across[:, 2] < 0).all(), "every triangle looks at the camera"
     slope = np.linspace(1, 3, 20, dtype=np.float32)[:, None].repeat(30, 1)
-    assert len(solid.surface(slope, np.ones_like(slope, bool), solid.camera(60, None, 20, 30), jump=0.2).faces) == 1102
+    for unit in (0.01, 1, 100):  # a jump is a fraction, whatever the unit
+        faces = solid.surface(unit * slope, slope > 0, solid.camera(60, None, 20, 30), jump=0.2).faces
+        assert len(faces) == 1102
+
+
+def test_a_point_is_where_its_pixel_is_and_has_its_colour():
+    z = np.random.default_rng(1).uniform(2, 2.05, (20, 30)).astype(np.float32)
+    everywhere, lens = np.ones(z.shape, bool), solid.Lens(intrinsics=(25, 20, 12, 7)).of(Path("a.jpg"), 20, 30)
+    (place,) = np.argwhere((np.mgrid[:20:3, :30:3][0] == 6) & (np.mgrid[:20:3, :30:3][1] == 21))
+    number = place[0] * 10 + place[1]
+    cloud = solid.cloud(z, everywhere, RGB, lens, stride=3)
+    x, y = (21.5 - 12) / 25 * z[6, 21], (6.5 - 7) / 20 * z[6, 21]
+    np.testing.assert_allclose(cloud.points[number], [x, y, z[6, 21]], rtol=1e-6)
+    assert tuple(cloud.colors[number]) == tuple(RGB[6, 21]) and len(cloud.points) == 7 * 10
+    shape = solid.surface(z, everywhere, lens, stride=3)
+    np.testing.assert_allclose(shape.points[number], [x, y, z[6, 21]], rtol=1e-6)
+    np.testing.assert_allclose(shape.at[number], [21.5 / 30, 6.5 / 20], rtol=1e-6)
+    assert [solid.stride_for(*size) for size in ((10, 10), (600, 800), (4000, 6000))] == [1, 2, 8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "wanted", "said"),
+    [
+        (Kind.METRIC_DEPTH, [4.0, 0.0, -1.0, 2.0], [4, 2], b"metres"),
+        (Kind.SCALE_DISPARITY, [0.5, 0.25, 0.0, 4.0], [2, 4, 0.25], b"no unit"),
+        (Kind.AFFINE_DEPTH, [0.0, 5.0, 10.0, 2.5], [1, 2.5, 4, 1.75], b"at most 4 times"),
+        (Kind.AFFINE_DISPARITY, [0.0, 5.0, 10.0, 2.5], [4, 1.6, 1, 16 / 7], b"at most 4 times"),
+    ],
+)
+def test_distances_of_every_kind(kind, values, wanted, said):
+    maps = torch.tensor(values).reshape(2, 2)
+    z, usable = solid.distances(maps, maps < 9e9, kind, 4)
+    np.testing.assert_allclose(z[usable], wanted, rtol=1e-6)
+    lens = solid.camera(60, None, 2, 2)
+    head = solid.encode("ply", maps, maps < 9e9, kind, RGB[:2, :2], lens, far=4, title="a").partition(b"end_header")[0]
+    assert said.replace(b"at most 4 times", b"taken to be 4 times as far as the nearest") in head
 
 
 def test_glb_is_gltf_and_ply_is_ply():
@@ -48,6 +87,7 @@ def test_glb_is_gltf_and_ply_is_ply():
     assert (magic, version, total, kind) == (b"glTF", 2, len(data), b"JSON") and length % 4 == 0
     scene, body = json.loads(data[20 : 20 + length]), data[28 + length :]
     place, _, faces = scene["accessors"]
+    assert faces["componentType"] == 5125 and len(body) % 4 == 0 == scene["bufferViews"][3]["byteOffset"] % 4
     view = scene["bufferViews"][0]
     points = np.frombuffer(body, "<f4", 3 * place["count"], view["byteOffset"]).reshape(-1, 3)
     assert np.allclose(points.min(0), place["min"]) and np.allclose(points.max(0), place["max"])
@@ -60,6 +100,7 @@ def test_glb_is_gltf_and_ply_is_ply():
 
     points = solid.cloud(z, valid, RGB, lens)
     head, _, rows = solid.ply(points, "a\nb").partition(b"end_header\n")
+    assert b"property uchar red\nproperty uchar green\nproperty uchar blue\n" in head
     assert b"element vertex 599\n" in head and b"comment a b\n" in head and len(rows) == 15 * 599
     assert np.allclose(np.frombuffer(rows[:12], "<f4"), points.points[0]) and tuple(rows[12:15]) == tuple(RGB[0, 0])
 
@@ -70,9 +111,14 @@ def test_the_camera_is_told_or_read_or_assumed(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "phone.jpg", exif=exif)
     Image.fromarray(RGB).save(tmp_path / "plain.jpg")
     lens = solid.Lens().of(tmp_path / "phone.jpg", 24, 36)
-    assert lens.fx == pytest.approx(28) and "EXIF: 28 mm" in lens.origin  # as large as film: a pixel a millimetre
+    assert (lens.fx, lens.fy, lens.cx, lens.cy) == pytest.approx(
+        (28, 28, 18, 12)
+    ) and "EXIF: 28 mm" in lens.origin  # as large as film: a pixel a millimetre
     assert "assumed" in solid.Lens().of(tmp_path / "plain.jpg", 24, 36).origin
     assert solid.Lens(fov=90).of(tmp_path / "phone.jpg", 24, 36).fx == pytest.approx(18)
+    exif.get_ifd(0x8769)[0xA405] = 3  # no lens
+    Image.fromarray(RGB).save(tmp_path / "broken.jpg", exif=exif)
+    assert "assumed" in solid.Lens().of(tmp_path / "broken.jpg", 24, 36).origin
 
 
 @pytest.mark.parametrize("focal", [18, 0.9])
@@ -80,6 +126,9 @@ def test_intrinsics_in_millimetres_or_parts_of_the_sides_are_said(tmp_path, foca
     """As DepthAnything/Depth-Anything-V2#52 gives them: 18 of 6000 x 4000; MoGe's own are parts of the sides."""
     with pytest.raises(ValueError, match=r"see 1\d\d degrees of an image of 6000 x 4000: they are in its pixels"):
         solid.Lens(intrinsics=(focal, focal, 0.5, 0.5)).of(tmp_path / "a.jpg", 4000, 6000)
+    for down, told in ((focal, r"1\d\d degrees"), (1e9, r"0.000229 degrees")):  # of that side, not of the other
+        with pytest.raises(ValueError, match=f"intrinsics of 4000 and {re.escape(f'{down:g}')} pixels see {told}"):
+            solid.camera(None, [[4000, 0, 3000], [0, down, 2000], [0, 0, 1]], 4000, 6000)
 
 
 def test_predict_writes_them_and_a_page_that_asks_for_nothing(tmp_path):
@@ -96,6 +145,21 @@ def test_predict_writes_them_and_a_page_that_asks_for_nothing(tmp_path):
     assert predict.run(Fake(), jobs, out=out, formats=["npy"], report=silent).written == 1
     shoot(tmp_path / "v.mp4", 2)
     assert "a video has no ply" in call(Fake(), tmp_path / "v.mp4", out=out, formats=["ply"])[2][0]
+
+
+def test_a_page_holds_every_point_in_its_place(monkeypatch):
+    monkeypatch.setattr(solid, "MAX_PAGE_POINTS", 100)
+    values, lens = torch.linspace(2, 5, 600).reshape(20, 30), solid.camera(90, None, 20, 30)
+    given = (values, values > 0, Kind.METRIC_DEPTH, RGB, lens)
+    assert b"element vertex 600\n" in solid.encode("ply", *given, far=10, title="a")
+    page = solid.encode("view", *given, far=10, title="a").decode()
+    facts = json.loads(re.search(r"const data = (.*);", page)[1])
+    wanted = solid.cloud(values.numpy(), values.numpy() > 0, RGB, lens, stride=3)
+    codes = np.frombuffer(base64.b64decode(facts["xyz"]), "<u2").reshape(-1, 3)
+    np.testing.assert_allclose(facts["low"] + codes * np.array(facts["step"]), wanted.points, atol=1e-4)
+    assert codes.max() == 65535 and base64.b64decode(facts["rgb"]) == wanted.colors.tobytes()
+    assert facts["pitch"] == pytest.approx(3 / 15) and facts["half"] == pytest.approx([1, 2 / 3])
+    assert facts["middle"] == pytest.approx(np.median(wanted.points[:, 2]))
 
 
 def test_a_page_of_a_photo_whose_name_is_not_utf8(tmp_path):
