@@ -377,6 +377,7 @@ _READERS = (
     (b"II*\0", "tif", _tiff),
     (b"MM\0*", "tif", _tiff),
     (b"II+\0", "tif", _tiff),
+    (b"MM\0+", "tif", _tiff),
     (b"PIEH", "dpt", _dpt),
     (b"v/1\x01", "exr", _exr),
     (b"\x89HDF\r\n\x1a\n", "h5", _hdf5),

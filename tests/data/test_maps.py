@@ -290,6 +290,11 @@ def test_where_a_tiff_says_that_there_is_no_data_there_is_none(tmp_path, kind, s
     Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo=tags)
     read = read_map(tmp_path / "a.tif")
     assert np.isnan(read[0, 0]) and read.ravel()[1:].tolist() == list(range(2, 13))
+    tifffile = pytest.importorskip("tifffile")
+    for order, big in (("<", True), (">", True), (">", False)):
+        tag = (42113, "s", 0, said.strip("\0"), True)
+        tifffile.imwrite(tmp_path / "b.tif", values, byteorder=order, bigtiff=big, extratags=[tag])
+        np.testing.assert_array_equal(read_map(tmp_path / "b.tif"), read, err_msg=f"{order} {big}")
 
 
 @pytest.mark.parametrize("note", ["_FillValue", "missing_value"])

@@ -127,7 +127,7 @@ def test_grey_and_several():
         (RGB.astype(np.int64), "uint8"),
         (RGB.astype(np.uint16), "65535"),
         (torch.full((3, 4, 4), torch.nan), "not finite"),
-        (torch.full((3, 4, 4), torch.inf), "not finite"),
+        (torch.stack([torch.zeros(3, 4), torch.full((3, 4), torch.inf)], -1), "not finite"),
         (torch.zeros(4, 4), r"image\[None\]"),
         (torch.zeros(5, 4, 4), "3 channels"),
         (torch.zeros(3, 0, 4), "no pixels"),
@@ -182,12 +182,12 @@ def test_colours_show_near_bright():
             first, last = picture_[0, 0].sum(), picture_[-1, -1].sum()
             assert (last > first) == (kind.quantity == "disparity"), (kind, cmap)
             assert len(set(picture_[0, 5])) == 1 or cmap == "distill"
-    assert np.isnan(depth.numpy()[0, 5]) and np.asarray(depth, dtype=np.float64).dtype == np.float64
+    assert np.isnan(depth.numpy()[0, 5])
 
 
 def test_colours_are_of_the_values_between_which_nearly_all_lie():
     values = torch.arange(400.0).reshape(20, 20)
-    values[0, 0], values[19, 19], values[10, 10] = -1e6, 1e6, torch.inf
+    values[19, 19], values[10, 10:] = 1e6, torch.inf
     depth = Depth(values, values < 9e9, Kind.AFFINE_DISPARITY, torch.zeros(3, 20, 20, dtype=torch.uint8))
     grey = depth.colorize("gray")
     assert abs(int(grey[10, 0, 0]) - 128) <= 2 and grey[19, 19, 0] == 255 and grey[0, 0, 0] == 0
