@@ -25,8 +25,8 @@ def test_a_video_becomes_frames_and_films(tmp_path):
     assert done.written == 1 and [line.split(": ")[0] for line in done.problems] == [str(tmp_path / "bad.mp4")]
     frames = [f"v/{i:06d}.{suffix}" for i in range(3) for suffix in ("npy", "png")]
     assert names(out) == ["predict.json", "predict_sources.jsonl", "v.json", *frames, "v_side.mp4"]
-    shapes = [rgb.shape for rgb, *_ in video.frames(out / "v_side.mp4")]
-    assert shapes == [(30, 80, 3)] * 3
+    shown = [(rgb.shape, rate) for rgb, rate, _ in video.frames(out / "v_side.mp4")]
+    assert shown == [((30, 80, 3), 10.0)] * 3
     assert predict.run(estimator, jobs, out=out, formats=["png", "npy", "side"], report=silent).present == 1
     assert estimator.calls == 3
 
@@ -79,6 +79,15 @@ def test_photos_that_are_called_as_frames_are_keep_apart_from_a_film_that_came_f
     assert call(Fake(), *given, out=tmp_path / "o") == (3, 0, [])
     assert call(Fake(), *given, out=tmp_path / "o") == (0, 3, [])
     assert len([name for name in names(tmp_path / "o") if name.endswith(".npy")]) == 4
+
+
+def test_a_film_keeps_apart_from_frames_that_were_not_made_here(tmp_path):
+    shoot(tmp_path / "v.mp4", 2)
+    (tmp_path / "o" / "v").mkdir(parents=True)
+    (tmp_path / "o" / "v" / "000007.jpg").write_text("mine")
+    assert call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o") == (1, 0, [])
+    made = [name for name in names(tmp_path / "o") if "/" in name]
+    assert made == ["v/000007.jpg", "v_mp4/000000.npy", "v_mp4/000001.npy"]
 
 
 def test_the_range_of_a_films_colours_moves_slowly(tmp_path, monkeypatch):

@@ -89,6 +89,38 @@ def test_a_stopped_way_goes_on_and_nothing_whole_is_taken_twice(made, tmp_path, 
     assert len(tars) == 4 and len(set(tars)) == 3  # the one that broke, again
 
 
+def test_the_manifest_is_sent_last_and_what_is_cut_there_is_sent_again(made, tmp_path, monkeypatch):
+    name = build.labels_folder(load(made[0])).name
+    folder, far = tmp_path / "run" / name, tmp_path / "far" / name
+    shutil.copytree(made[1] / name, folder)
+    (folder / ".unfinished.json").write_text("{}")
+    system = type(mirror.file_system(f"file://{far}")[0])
+    real, sent, told = system.put_file, [], []
+    monkeypatch.setattr(system, "put_file", lambda self, *paths: (sent.append(Path(paths[1]).name), real(self, *paths)))
+    for wanted in (sorted(contents(folder)), [tar := min(p.name for p in folder.glob("*.tar"))], ["manifest.json"]):
+        sent.clear(), told.clear()
+        count = mirror.publish(folder, f"file://{far.parent}/", report=lambda *at: told.append(at))
+        assert sorted(sent) == wanted and count == len(wanted) and not (far / ".unfinished.json").exists()
+        assert "manifest.json" not in sent[:-1], "a folder with a manifest is whole"
+        assert told == [(i + 1, len(contents(folder))) for i in range(len(contents(folder)))]
+        if sent[0] == tar and len(sent) == 1:
+            (far / "manifest.json").write_text('["damaged"]')
+        else:
+            (far / tar).write_bytes((far / tar).read_bytes()[:-1])
+    told.clear()
+    (far / tar).write_bytes((folder / tar).read_bytes())
+    mirror.fetch(f"file://{far.parent}/", tmp_path / "back" / name, report=lambda *at: told.append(at))
+    assert told == [(i + 1, len(contents(far)) - 1) for i in range(len(contents(far)) - 1)]
+    assert not (tmp_path / "back" / name / ".mirror").exists()
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(system, "put_file", refused)
+    with pytest.raises(OSError, match=f"file://{tmp_path}/other/{name} cannot be written: .*call again"):
+        mirror.publish(folder, f"file://{tmp_path}/other")
+
+
 def test_damage_and_absence_are_one_line_each(made, tmp_path):
     recipe, far = made
     name = build.labels_folder(load(recipe)).name
