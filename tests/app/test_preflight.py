@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +212,59 @@ def test_a_month_is_not_fine_and_a_random_encoder_is_said(check, monkeypatch):
     assert "test_vit begins with random weights" in said["warn"]
     said = check("train.steps=10000", "train.freeze_encoder=true")
     assert "10,000 steps of 4" in said["bad"] and "keeps them random" in said["bad"]
+
+
+@pytest.mark.parametrize(
+    ("days", "most", "level"), [(0.9, 1, "ok"), (1.1, 8, "warn"), (15, 1, "bad"), (15, 2, "warn"), (29, 2, "bad")]
+)
+def test_how_long_is_too_long_depends_on_how_many_can_work(days, most, level):
+    found = preflight._time("labelling: ", days * 86400, torch.device("cpu"), most, "wait")
+    assert (found.level, found.remedy) == (level, "" if level == "ok" else "wait")
+    assert f"labelling: {24 * days:.2f} CPU-hours; with processes 1: " in found.what
+    assert [f" {n}: " in found.what for n in (2, 4, 8)] == [n <= most for n in (2, 4, 8)]
+    half = timedelta(days=days / 2)
+    assert most < 2 or f"2: {half} (until {datetime.now() + half:%Y-%m-%d}" in found.what
+
+
+def test_a_disk_is_full_tight_or_large_enough(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "free_disk", lambda folder: (int(100e9), folder))
+    found = [preflight._disk("labels", tmp_path, need * 1e9, "why") for need in (79, 81, 101)]
+    assert [one.level for one in found] == ["ok", "warn", "bad"]
+    assert found[0].what == f"labels: 79.00 GB needed (why), 100 GB free at {tmp_path}" and not found[0].remedy
+
+
+def test_rates_bytes_and_times_follow_from_the_probe(check, monkeypatch):
+    label, disks = preflight._label_one, []
+    monkeypatch.setattr(preflight, "_label_one", lambda *given: (label(*given)[0], 3600.0))
+    monkeypatch.setattr(preflight, "_step", lambda *_: 1800.0)
+    monkeypatch.setattr(preflight, "encode_sample", lambda sample, *, codec: [("a", b"x" * 1000), ("b", b"x" * 500)])
+    plain = preflight._disk
+    monkeypatch.setattr(
+        preflight, "_disk", lambda what, folder, need, why: (disks.append(need), plain(what, folder, need, why))[1]
+    )
+    said = check(
+        "crops.crops_per_image=2",
+        "train.steps=10",
+        "train.warmup_steps=1",
+        "labels.cache_gb=0.000001",
+        'labels.mirror="memory://m"',
+    )
+    assert "labelling at most 14 samples of 1 map at 0.00 samples/s: 14.00 CPU-hours" in said["ok"]
+    assert "training 10 steps of 4 at 0.0 images/s: 5.00 CPU-hours; with processes 1: 5:00:00" in said["ok"]
+    assert disks[0] == pytest.approx(14 * 1500 * 1.15) and "raise labels.cache_gb" in said["warn"]
+
+
+def test_what_a_teachers_card_allows_is_said():
+    card = SimpleNamespace(weights="w", revision="r", kind="affine_depth", licence="CC-BY-NC", commercial=False)
+    free = SimpleNamespace(**{**vars(card), "commercial": True, "licence": "MIT"})
+    found = list(preflight._about_teachers([("a", SimpleNamespace(card=card)), ("b", SimpleNamespace(card=free))]))
+    assert [(one.level, bool(one.remedy)) for one in found] == [
+        ("ok", False),
+        ("warn", True),
+        ("ok", False),
+        ("ok", False),
+    ]
+    assert "teacher a: licence CC-BY-NC" in found[1].what and "may not be sold" in found[1].remedy
 
 
 def test_a_recipe_that_compares_is_not_judged_by_crops(tmp_path, capsys):

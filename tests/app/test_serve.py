@@ -57,6 +57,21 @@ def test_a_photo_gives_its_files(address):
     assert (said["width"], said["height"], said["kind"], said["licence"]) == (30, 20, "affine_disparity", "CC0")
     here = f"{address}/{said['id']}"
     assert Image.open(io.BytesIO(ask(f"{here}/colour.png?cmap=turbo"))).size == (30, 20)
+    grey, last = (
+        np.asarray(Image.open(io.BytesIO(ask(f"{here}/colour.png?{q}")))) for q in ("cmap=gray", "cmap=turbo&cmap=gray")
+    )
+    assert (np.ptp(grey, -1) == 0).all() and (grey == last).all()
+    for name, kind in (
+        ("colour.png", "image/png"),
+        ("depth.npy", "application/octet-stream"),
+        ("view.html", "text/html"),
+    ):
+        with urllib.request.urlopen(f"{here}/{name}") as answer:
+            assert answer.headers["Content-Type"].startswith(kind)
+            assert (answer.headers["Cache-Control"], answer.headers["X-Content-Type-Options"]) == (
+                "no-store",
+                "nosniff",
+            )
     assert np.asarray(Image.open(io.BytesIO(ask(f"{here}/depth.png")))).max() == 65535
     assert np.load(io.BytesIO(ask(f"{here}/depth.npy"))).shape == (20, 30)
     assert struct.unpack_from("<4sI", ask(f"{here}/depth.glb?fov=70")) == (b"glTF", 2)
@@ -126,6 +141,18 @@ def test_a_browser_that_goes_away_and_a_length_of_no_number_are_no_faults_here(a
     with socket.create_connection((place[0], int(place[1]))) as browser:
         browser.sendall(f"{head}{'9' * 5000}\r\n\r\n".encode())
         assert browser.recv(12) == b"HTTP/1.1 413"
+
+
+def test_a_model_that_cannot_be_loaded_gives_its_port_back(monkeypatch):
+    closed, plain = [], serve.DepthServer.server_close
+    monkeypatch.setattr(serve.DepthServer, "server_close", lambda server: (closed.append(1), plain(server)))
+
+    def broken():
+        raise OSError("no weights")
+
+    with pytest.raises(OSError, match="no weights"):
+        serve.DepthServer(broken, "m", host="127.0.0.1", port=0)
+    assert closed
 
 
 def test_a_full_disk_is_one_line(address, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from distill import students
 from distill.students import checkpoint
-from distill.students.quantize import GROUP, dequantize, pack, quantize
+from distill.students.quantize import GROUP, dequantize, pack, quantize, unpack
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -50,6 +50,29 @@ def test_constants_and_zeros_are_kept():
 def test_what_float16_cannot_hold_is_refused(value):
     with pytest.raises(ValueError, match="NaN, infinite or above 65504"):
         quantize(torch.tensor([0.0, value]))
+
+
+def test_weights_far_below_one_keep_their_steps():
+    values = 1e-3 * torch.randn(8, GROUP, generator=torch.Generator().manual_seed(0))
+    assert (dequantize(quantize(values), values.shape) - values).abs().max() < 4e-4
+
+
+def test_large_matrices_alone_are_packed_and_damaged_parts_are_named():
+    shapes = {"small.weight": (64, 64), "large.weight": (65, 64), "long.bias": (9000,), "wild.weight": (65, 64)}
+    tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
+    tensors["wild.weight"][0, 0] = 1e9
+    stored = pack(tensors, {key: value.shape for key, value in tensors.items()})
+    parts = [f"large.weight:{part}" for part in ("codes", "low", "step")]
+    assert sorted(stored) == sorted(["small.weight", "long.bias", "wild.weight", *parts])
+    assert sorted(unpack(stored, tensors, "file")) == sorted(tensors)
+    for changed, said in (
+        ({parts[1]: None}, "file: has an unknown or incomplete quantized tensor, large.weight"),
+        ({"odd.weight:codes": stored[parts[0]]}, "file: has an unknown or incomplete quantized tensor, odd.weight"),
+        ({parts[2]: stored[parts[2]][:-1]}, "file: large.weight: .* are not a tensor of"),
+        ({parts[0]: stored[parts[0]][:-1]}, "file: large.weight: .* are not a tensor of"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            unpack({k: v for k, v in (stored | changed).items() if v is not None}, tensors, "file")
 
 
 def test_parts_of_another_shape_are_refused():

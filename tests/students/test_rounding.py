@@ -81,8 +81,46 @@ def test_attention_that_hands_its_weight_to_the_function_is_calibrated_too():
     inputs = drawn(4, 7, 6)
     with torch.no_grad(), rounding._Counting({id(layer.weight): moments}):
         F.linear(inputs, weight=layer.weight, bias=None)  # timm's qkv of DINOv3 and BEiT: no hook sees it
+        F.linear(2 * inputs, weight=layer.weight)
     rows = inputs.reshape(-1, 6)
-    torch.testing.assert_close(moments, rows.T @ rows / len(rows))
+    torch.testing.assert_close(moments, 5 * rows.T @ rows / len(rows))
+
+
+@pytest.mark.parametrize("options", [{"stride": 2, "padding": 1}, {"dilation": 2}, {"stride": (1, 2), "padding": 2}])
+def test_a_convolution_is_calibrated_where_it_looks(options):
+    x, weight = drawn(2, 3, 9, 11), drawn(5, 3, 2, 3)
+    places = torch.eye(18).reshape(18, 3, 2, 3)  # each output is one of the kernel's places
+    rows = F.conv2d(x, places, **options).permute(0, 2, 3, 1).reshape(-1, 18)
+    found = rounding._second_moments(F.conv2d, {"input": x, "weight": weight, **options})
+    torch.testing.assert_close(found, rows.T @ rows / len(rows))
+    with pytest.raises(ValueError, match="a convolution with padding same is not calibrated: give it in pixels"):
+        rounding._second_moments(F.conv2d, {"input": x, "weight": weight, "padding": "same"})
+
+
+@pytest.mark.parametrize(
+    ("layer", "calibrates"),
+    [
+        (torch.nn.Linear(64, 65), True),
+        (torch.nn.Linear(64, 64), False),  # small
+        (torch.nn.Linear(65, 64), False),  # no whole groups
+        (torch.nn.Conv2d(64, 2, 8), True),
+        (torch.nn.Conv2d(64, 2, 8, groups=2), False),
+        (torch.nn.BatchNorm2d(8000), False),
+    ],
+)
+def test_which_layers_are_calibrated(layer, calibrates):
+    assert rounding._calibrates("layer.weight", layer) is calibrates
+    if calibrates:
+        assert not rounding._calibrates("patch_embed.proj.weight", layer)
+        with torch.no_grad():
+            layer.weight[0, 0] = 1e6
+        assert not rounding._calibrates("layer.weight", layer), "float16 holds no such step"
+
+
+def test_inputs_that_are_always_zero_are_no_fault():
+    weight = drawn(3, GROUP)
+    found, plain = rounding.compensated(weight, torch.zeros(GROUP, GROUP)), quantize(weight)
+    assert all(torch.equal(found[part], plain[part]) for part in plain)
 
 
 @pytest.fixture(scope="module")
