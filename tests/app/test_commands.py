@@ -147,6 +147,15 @@ def test_a_report_refuses_unknown_metrics_and_says_where_the_recipe_differs(stra
     assert "other values of train.steps: the report shows the run as it is" in capsys.readouterr().err
     assert main(["report", path, "--format", "md"]) == 0
     assert "other values" not in capsys.readouterr().err
+    assert main(["report", str(straight), "--set", "train.steps=9"]) == 2
+    assert "--set changes a recipe, but this is the folder of a run: leave it out" in capsys.readouterr().err
+    assert main(["report", str(straight), "--format", "latex"]) == 0
+    assert "tabular" in capsys.readouterr().out
+    broken = straight / "scores" / "broken.json"
+    broken.write_text("{")
+    assert main(["report", str(straight), "--format", "text"]) == 1, "a score is missing from the table"
+    assert "broken.json" in capsys.readouterr().err
+    broken.unlink()
     assert main(["train", path]) == 0
     assert "already trained, nothing to do" in capsys.readouterr().out
 
@@ -231,6 +240,7 @@ MISTAKES = {
         "teachers[0].options.dtype: teachers[0].dtype decides; leave it out",
     ),
     "report of nothing": (["report", "nowhere"], "nowhere"),
+    "report without scores": (["report", str(Path(__file__).parent), "--format", "md"], "no scores; run distill score"),
     "report of another folder": (["report", str(Path(__file__).parent)], "not the folder of a run"),
     "verify nothing": (["verify", "nowhere"], "nowhere"),
     "file of a recipe's scores": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -212,6 +213,9 @@ def test_a_month_is_not_fine_and_a_random_encoder_is_said(check, monkeypatch):
     assert "test_vit begins with random weights" in said["warn"]
     said = check("train.steps=10000", "train.freeze_encoder=true")
     assert "10,000 steps of 4" in said["bad"] and "keeps them random" in said["bad"]
+    for start in ("weights", "init_from", "encoder_init_from"):
+        student = SimpleNamespace(**({"weights": "", "init_from": "", "encoder_init_from": ""} | {start: "pocket"}))
+        assert not list(preflight._about_start(SimpleNamespace(student=student)))
 
 
 @pytest.mark.parametrize(
@@ -239,6 +243,7 @@ def test_rates_bytes_and_times_follow_from_the_probe(check, monkeypatch):
     monkeypatch.setattr(preflight, "_step", lambda *_: 1800.0)
     monkeypatch.setattr(preflight, "encode_sample", lambda sample, *, codec: [("a", b"x" * 1000), ("b", b"x" * 500)])
     plain = preflight._disk
+    monkeypatch.setattr(preflight.checkpoints, "bytes_of", lambda student: 1_000_000)
     monkeypatch.setattr(
         preflight, "_disk", lambda what, folder, need, why: (disks.append(need), plain(what, folder, need, why))[1]
     )
@@ -246,12 +251,76 @@ def test_rates_bytes_and_times_follow_from_the_probe(check, monkeypatch):
         "crops.crops_per_image=2",
         "train.steps=10",
         "train.warmup_steps=1",
+        "train.keep_last=3",
         "labels.cache_gb=0.000001",
         'labels.mirror="memory://m"',
     )
     assert "labelling at most 14 samples of 1 map at 0.00 samples/s: 14.00 CPU-hours" in said["ok"]
     assert "training 10 steps of 4 at 0.0 images/s: 5.00 CPU-hours; with processes 1: 5:00:00" in said["ok"]
-    assert disks[0] == pytest.approx(14 * 1500 * 1.15) and "raise labels.cache_gb" in said["warn"]
+    assert "2: 7:00:00" not in said["ok"], "one part is one process's work"
+    assert disks == pytest.approx([14 * 1500 * 1.15, (3 + 2) * 1e6])
+    assert (
+        "labels: 1e-06 GB of 2.1e-05 GB in 1 tar are kept here" in said["warn"]
+        and "raise labels.cache_gb" in said["warn"]
+    )
+
+
+def test_sizes_that_do_not_suit_a_teacher_or_the_student_are_said(check, tmp_path):
+    recipe = load(tmp_path / "recipe.toml", ["crops.size=32", "crops.width=40", "crops.min_side=31"])
+    teachers = [("a", SimpleNamespace(card=SimpleNamespace(multiple=14))), ("b", SimpleNamespace(card=None))]
+    student = SimpleNamespace(encoder=SimpleNamespace(patch_size=16))
+    assert [(one.level, one.what, one.remedy) for one in preflight._about_sizes(recipe, teachers, student)] == [
+        ("warn", "crops.size = 32 is not a multiple of 14, as teacher a expects", "use 28, or let it resize"),
+        ("warn", "crops.patch_size = 32 is not a multiple of 14, as teacher a expects", "use 28, or let it resize"),
+        ("warn", "crops.width = 40 is not a multiple of the student's patch, 16", ""),
+        ("warn", "crops.min_side = 31 < size = 32: small regions are enlarged", ""),
+    ]
+
+
+def test_how_many_processes_can_train_and_what_this_machine_lets_them_do(check, tmp_path, monkeypatch):
+    recipe = load(tmp_path / "recipe.toml", ["train.batch_size=8", "train.accumulate=2", "train.workers=1"])
+    (batches,) = preflight._about_batches(recipe)
+    assert batches.level == "warn" and "accumulate = 2: trains on 1, 2, 4 of 1, 2, 4, 8 processes" in batches.what
+    monkeypatch.setattr(machine, "shared_memory", lambda: memory)
+    monkeypatch.setattr(machine, "open_files", lambda: files)
+    low = machine.LOW_MEMORY
+    for memory, files, levels in (
+        (low - 1, 1024, ["warn"]),
+        (low, 1023, ["ok", "warn"]),
+        (None, -1, []),
+        (None, 64, ["warn"]),
+    ):
+        assert [one.level for one in preflight._about_machine(recipe)] == levels, (memory, files)
+
+
+def test_parts_for_all_and_the_first_image_that_cannot_be_used(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "sample_findings", lambda *_: [])
+    recipe = load(tmp_path / "recipe.toml", ["crops.crops_per_image=2"])
+    images = {"scanned": True, "count": 640, "photos": [], "bad": ["x: cut", "y: empty"], "rejected": []}
+    found = list(preflight._about_images(recipe, SimpleNamespace(**images, parts=4), crops=False))
+    assert [one.level for one in found] == ["ok", "bad"] and "2 of the first 2 images" in found[1].what
+    assert found[1].what.endswith("cannot be used: x: cut")
+    for parts, processes in ((8, 0), (4, 8), (2, 4)):
+        given = SimpleNamespace(**(images | {"bad": []}), parts=parts)
+        found = [one for one in preflight._about_images(recipe, given, crops=True) if "processes beyond" in one.what]
+        said = [f"with {processes} processes or more set labels.samples_per_part = 40"] if processes else []
+        assert [one.remedy for one in found] == said
+
+
+def test_a_benchmark_is_checked_where_and_of_what_the_recipe_says(monkeypatch):
+    asked = []
+    monkeypatch.setattr(preflight, "check_benchmark", lambda *given: asked.append(given) or [])
+    given = {"alias_or_name": "mine", "name": "nyu"}
+    specs = [SimpleNamespace(**given, root="r", list="l"), SimpleNamespace(**given, root="", list="")]
+    assert preflight._about_benchmarks(SimpleNamespace(benchmarks=specs), []) == []
+    assert asked == [("nyu", "r", "l"), ("nyu", None, None)]
+
+
+def test_the_probes_second_photo_and_step_count_for_all_of_the_batch(check, monkeypatch):
+    monkeypatch.setattr(preflight, "time", SimpleNamespace(perf_counter=count(step=3).__next__))
+    said = check()
+    assert "at 0.33 samples/s" in said["ok"], "3 seconds each"
+    assert "training 600 steps of 4 at 0.3 images/s" in said["ok"], "on a CPU the probe is of one image"
 
 
 def test_what_a_teachers_card_allows_is_said():
