@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,7 +60,9 @@ def test_an_image_without_truth_counts_for_nobody_and_none_is_a_line(samples):
 def test_a_loss_is_refused_and_allowed_where_that_is_asked(samples):
     line = gate.Gate("ramp").check(exact, exact, Kind.AFFINE_DISPARITY, "out")
     assert line == "delta1 1.0000, float32 1.0000 (ramp, 3 images)"
-    with pytest.raises(ValueError, match=r"out: not written: delta1 0\.\d+, float32 1\.0000 .* points, more"):
+    with pytest.raises(
+        ValueError, match=r"out: not written: delta1 0\.\d+, float32 1\.0000 .* is a loss of \d\d\.\d\d points, more"
+    ):
         gate.Gate("ramp").check(exact, worse, Kind.AFFINE_DISPARITY, "out")
     assert "delta1 0." in gate.Gate("ramp", allow_drop=True).check(exact, worse, Kind.AFFINE_DISPARITY, "out")
     with pytest.raises(ValueError, match="NaN"):  # a map that is not finite is no map
@@ -74,6 +78,30 @@ def test_a_tenth_of_a_point_is_the_most_that_may_be_lost(monkeypatch):
     for name in ("more", "none"):
         with pytest.raises(gate.QualityError, match="not written"):
             gate.Gate("ramp").check("before", name, Kind.AFFINE_DISPARITY, "out")
+
+
+def test_samples_of_a_labels_folder_are_its_first_teachers_maps(tmp_path, monkeypatch):
+    class Labels:
+        keys, teachers = ("a", "b", "c"), ("one", "two")
+
+        def __init__(self, folder):
+            assert folder == tmp_path
+
+        def __len__(self):
+            return 3
+
+        def teachers_of(self, i):
+            return ("two",) if i == 1 else self.teachers
+
+        def get(self, i, names):
+            labels = {name: SimpleNamespace(shared=f"{name} of {i}") for name in names}
+            return SimpleNamespace(image=torch.full((3, 2, 2), 51 * i, dtype=torch.uint8), labels=labels)
+
+    (tmp_path / "manifest.json").touch()
+    monkeypatch.setattr(gate, "LabelDataset", Labels)
+    found, protocol = gate.Gate(str(tmp_path)).samples()
+    assert [(one.key, one.truth()) for one in found] == [("a", "one of 0"), ("c", "one of 2")]
+    assert [float(one.image().mean()) for one in found] == pytest.approx([0, 0.4]) and protocol.benchmark == "labels"
 
 
 def test_many_samples_are_spread_evenly():
@@ -119,8 +147,30 @@ def test_int8_that_is_refused_is_tried_again_with_the_weights_alone(tmp_path, mo
 
 
 @pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ("--bits 4 --calibrate L", {"bits": 4, "calibrate": "L"}),
+        ("--onnx --overwrite", {"onnx": True, "overwrite": True}),
+        ("--browser", {"onnx": True, "browser": True}),
+        ("--with-resize --program", {"onnx": True, "with_resize": True, "program": True}),
+        ("--int8 L --allow-drop", {"onnx": True, "int8": "L", "gate": gate.Gate("scenes", None, None, True)}),
+        ("--bits 16 --gate nyu --root R --list F", {"bits": 16, "gate": gate.Gate("nyu", "R", "F", False)}),
+    ],
+)
+def test_what_is_asked_of_an_export_is_what_is_done(monkeypatch, words, asked):
+    done = []
+    monkeypatch.setattr(verb.checkpoint, "fetch", lambda name: Path(name))
+    monkeypatch.setattr(verb, "run_export", lambda *places, **given: done.append((places, given)))
+    assert main(["export", "student", "out", *words.split()]) == 0
+    ((places, given),) = done
+    assert places == (Path("student"), Path("out")) and given["overwrite"] is asked.pop("overwrite", False)
+    assert given["options"] == verb.ExportOptions(**asked)
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--int8 LABELS --bits 16", "--int8 is a precision of the ONNX graph, and --bits 16 another: give one of them"),
         ("--gate scenes", "this export is neither"),
         ("--gate scenes --transformers", "this export is neither"),
         ("--onnx --root data/nyu", "--root: no effect without a gate; give --gate BENCHMARK, or leave it out"),

@@ -16,6 +16,7 @@ from distill.app.image_survey import survey
 from distill.app.preflight import check_recipe
 from distill.app.recipe import load, parse
 from distill.app.sample_checks import sample_findings
+from distill.app.verbs import doctor
 from distill.core import machine
 from distill.data.settings import ImageSettings
 from tests.app.test_supervision import metric, write_pairs
@@ -321,6 +322,27 @@ def test_the_probes_second_photo_and_step_count_for_all_of_the_batch(check, monk
     said = check()
     assert "at 0.33 samples/s" in said["ok"], "3 seconds each"
     assert "training 600 steps of 4 at 0.3 images/s" in said["ok"], "on a CPU the probe is of one image"
+
+
+def test_what_a_target_is_and_what_it_is_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert doctor._is_recipe("demo") and doctor._is_recipe("own.toml") and not doctor._is_recipe("runs/own")
+    (tmp_path / "demo").mkdir()
+    assert not doctor._is_recipe("demo"), "a folder here is a run"
+    for tables, only in (
+        ("images compare", "compare"), ("benchmarks", "score"), ("images benchmarks", ""),
+        ("benchmarks compare", "compare"), ("benchmarks train", ""), ("compare crops", ""), ("teachers", ""),
+    ):  # fmt: skip
+        (tmp_path / "r.toml").write_text(
+            "".join(f"[[{name}]]\n" if name[-1] == "s" else f"[{name}]\n" for name in tables.split())
+        )
+        assert doctor._only("r.toml", []) == only, tables
+
+
+def test_a_benchmarks_data_and_list_are_those_that_are_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr("distill.eval.completeness.check_benchmark", lambda *given: asked.append(given) or [])
+    assert main(["doctor", "--benchmark", "nyu", "--root", "R", "--list", "L"]) == 0 and asked == [("nyu", "R", "L")]
 
 
 def test_what_a_teachers_card_allows_is_said():

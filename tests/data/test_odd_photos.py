@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from distill.data import colour, hdr, photos
+from distill.data import hdr
 from distill.data.maps import BadMapError, decode_map
 from distill.data.photos import BadImageError, decode
 from tests.data.pictures import close, encoded, picture
@@ -107,16 +107,6 @@ def test_large_text_beside_the_pixels_costs_nothing():
     assert close(decode(encoded(form="PNG", pnginfo=info)), picture(), 0)
 
 
-def test_the_limit_of_pixels_is_the_users(monkeypatch):
-    monkeypatch.setenv(photos.LIMIT, "800")
-    with pytest.raises(BadImageError, match="36x24 is more than 800 pixels.*If not, set DISTILL_MAX_PIXELS=864"):
-        decode(encoded(form="PNG"))
-    for wrong in ("many", "0"):
-        monkeypatch.setenv(photos.LIMIT, wrong)
-        with pytest.raises(ValueError, match="DISTILL_MAX_PIXELS must be a number"):
-            decode(encoded(form="PNG"))
-
-
 def test_what_is_transparent_everywhere_shows_its_colours_or_nothing():
     clear = np.dstack([np.asarray(picture()), np.zeros((24, 36), np.uint8)])
     assert close(decode(encoded(Image.fromarray(clear), "PNG")), picture(), 0)
@@ -126,22 +116,6 @@ def test_what_is_transparent_everywhere_shows_its_colours_or_nothing():
         with pytest.raises(BadImageError, match="nothing is visible"):
             decode(encoded(image, "PNG"))
     assert (decode(encoded(Image.new("RGBA", (8, 8), (255, 255, 255, 255)), "PNG")) == 255).all()
-
-
-def test_a_picture_of_several_bands_is_that_of_one(monkeypatch):
-    half = np.full((24, 36, 4), 255, np.uint8)
-    half[:12, :, :3] = 0  # within each band all pixels are equal
-    shaded = np.dstack([np.asarray(picture()), np.asarray(picture())[..., 0]])
-    images = [picture(), Image.fromarray(RAMP), Image.fromarray(half), Image.fromarray(shaded)]
-    whole = [decode(encoded(image, "PNG")) for image in images]
-    for rows in (12, 7, 23):
-        monkeypatch.setattr(colour, "BAND", rows * 36)
-        assert all(decode(encoded(image, "PNG")).equal(want) for image, want in zip(images, whole, strict=True))
-
-
-def test_the_bits_of_deep_grey_are_those_that_the_file_declares():
-    for codes, bits, shown in (([0, 4095], 12, 255), ([0, 40950], 12, 159), ([0, 65535], 16, 255)):
-        assert colour.srgb(Image.fromarray(np.array([codes], np.uint16)), bits=bits)[0, 1, 0] == shown
 
 
 def tiff(pages, **options) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from distill.data import photos
+from distill.data import colour, photos
 from distill.data.photos import BadImageError, decode, upright_size
 from tests.data.pictures import close, encoded, noise, picture
 
@@ -68,6 +68,23 @@ def test_sixteen_bit_grey_is_scaled():
         rgb = decode(encoded(Image.fromarray(ramp), form))
         assert rgb.amin() == 0 and rgb.amax() == 255
         assert (rgb[0].double() - torch.from_numpy(ramp / 257.0)).abs().max() <= 0.5
+
+
+def test_a_picture_of_several_bands_is_that_of_one(monkeypatch):
+    ramp = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
+    half = np.full((24, 36, 4), 255, np.uint8)
+    half[:12, :, :3] = 0  # within each band all pixels are equal
+    shaded = np.dstack([np.asarray(picture()), np.asarray(picture())[..., 0]])
+    images = [picture(), Image.fromarray(ramp), Image.fromarray(half), Image.fromarray(shaded)]
+    whole = [decode(encoded(image, "PNG")) for image in images]
+    for rows in (12, 7, 23):
+        monkeypatch.setattr(colour, "BAND", rows * 36)
+        assert all(decode(encoded(image, "PNG")).equal(want) for image, want in zip(images, whole, strict=True))
+
+
+def test_the_bits_of_deep_grey_are_those_that_the_file_declares():
+    for codes, bits, shown in (([0, 4095], 12, 255), ([0, 40950], 12, 159), ([0, 65535], 16, 255)):
+        assert colour.srgb(Image.fromarray(np.array([codes], np.uint16)), bits=bits)[0, 1, 0] == shown
 
 
 def test_alpha_is_composited_over_white():
@@ -166,6 +183,16 @@ def test_bombs_are_refused_before_they_are_decoded(side):
     assert side * side > 89_478_485
     with pytest.raises(BadImageError, match="bomb"):
         decode(png_claiming(side, side))
+
+
+def test_the_limit_of_pixels_is_the_users(monkeypatch):
+    monkeypatch.setenv(photos.LIMIT, "800")
+    with pytest.raises(BadImageError, match="36x24 is more than 800 pixels.*If not, set DISTILL_MAX_PIXELS=864"):
+        decode(encoded(form="PNG"))
+    for wrong in ("many", "0"):
+        monkeypatch.setenv(photos.LIMIT, wrong)
+        with pytest.raises(ValueError, match="DISTILL_MAX_PIXELS must be a number"):
+            decode(encoded(form="PNG"))
 
 
 def test_who_sets_the_limit_of_pixels_says_that_it_is_no_bomb(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from distill.app.cli import main
 from distill.app.strict import RecipeError
 from distill.core.depth import DepthMap, Kind
 from distill.data.corruptions import Corruptions
+from distill.data.photos import Photo
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import CARD, Entrant, compare, predict_missing, write_comparison
 from distill.eval.reports.compare_page import additions_table, sentences, write_page
 from distill.eval.stored import BadPredictionError
+from distill.eval.timing import RunTime
 from distill.teachers import analytic
 from tests import tiny_teachers
 from tests.eval.test_agreement import blurred
@@ -313,8 +316,74 @@ def test_the_student_joins_once_it_is_trained(tmp_path):
     assert predict_missing(student, chosen, tmp_path / "run" / "compare") == len(chosen)
     said = json.loads((tmp_path / "run" / "compare" / student.name / CARD).read_text())
     assert said["cost"]["parameters"] > 1000 and said["card"]["licence"] == "Apache-2.0"
+    given = [f'images=[{{photos="{tmp_path}/photos", limit=1}}]', "run.seed=7", "compare.side=40"]
+    depends = comparison.entrants(recipes.load(path, given), chosen)[0].settings
+    (images,) = depends["images"]
+    assert depends["seed"] == 7 and depends["side"] == 40 and images["photos"].endswith("photos")
+    assert "limit" not in images, "fewer images are no other maps"
     without = recipes.load(path, ["compare.student=false"])
     assert [e.name for e in comparison.entrants(without, chosen)] == ["analytic", "red", "blurry"]
+
+
+def test_every_model_is_timed_where_that_is_asked(monkeypatch, capsys):
+    asked, card = [], SimpleNamespace(name="x")
+    monkeypatch.setattr(
+        comparison, "run_time", lambda *given: asked.append(given) or RunTime(512, 0.5, 0.25, 2.0, 20, "CPU")
+    )
+    monkeypatch.setattr(comparison.build, "device", lambda recipe: "cpu")
+
+    class Student(comparison.CheckpointTeacher):
+        takes_focal = True
+
+        def __init__(self):
+            self.card = card
+
+    student = Student()
+    plain, truth = (SimpleNamespace(card=SimpleNamespace(name=n), predict=len) for n in ("plain", "truth"))
+    models = [Entrant(name, lambda m=m: m, {}) for name, m in (("a", plain), ("b", truth), ("c", student))]
+    timed = comparison._run_times(SimpleNamespace(compare=SimpleNamespace(time_at=512)), models)
+    assert list(timed) == ["a", "c"] and asked[0] == (len, 512, "cpu") and asked[1][0].keywords == {"focal": 512.0}
+    assert comparison._run_times(SimpleNamespace(compare=SimpleNamespace(time_at=0)), models) == {}
+    comparison._print_run_times(timed)
+    said = capsys.readouterr().out
+    assert (
+        f"{comparison.digits(0.25)} to {comparison.digits(2.0)}" in said and "512 x 512" in said and "FiffDepth" in said
+    )
+    small = {"a": replace(timed["a"], size=64)}
+    comparison._print_run_times(small)
+    assert "FiffDepth" not in capsys.readouterr().out, "the paper timed another size"
+
+
+class Entry:
+    """A photo of 60 x 90 with truth in its right half, seen by a lens of 80 pixels."""
+
+    def __init__(self, key, focal=80.0):
+        self.key, self.origin, self.focal = key, key, focal
+        self.values = torch.arange(5400.0).reshape(1, 60, 90)
+
+    def load(self):
+        valid = (torch.arange(90) >= 45).expand(1, 60, 90)
+        truth = DepthMap(self.values, valid, Kind.METRIC_DEPTH)
+        return Photo(self.key, torch.full((3, 60, 90), 51, dtype=torch.uint8), truth, self.origin, self.focal)
+
+
+@pytest.mark.parametrize(("side", "size", "focal"), [(45, (30, 45), 40), (90, (60, 90), 80), (500, (60, 90), 80)])
+def test_a_large_photo_is_seen_smaller_with_its_truth_and_its_lens(monkeypatch, side, size, focal):
+    entries = [Entry("a"), Entry("b", focal=0.0)]
+    shards = [SimpleNamespace(stem=stem, scan=lambda: SimpleNamespace(entries=entries, rejected=[])) for stem in "xy"]
+    monkeypatch.setattr(comparison, "input_shards", lambda recipe: shards)
+    recipe = SimpleNamespace(compare=SimpleNamespace(side=side, limit=3))
+    chosen, _ = comparison.chosen_samples(recipe)
+    assert [one.key for one in chosen] == ["x/a", "y/a", "y/b"], "two photos of one key are two"
+    first, last = chosen[0], chosen[-1]
+    assert first.focal() == focal and last.focal is None
+    assert first.image().shape == (3, *size) and first.image().unique().tolist() == pytest.approx([0.2])
+    truth = first.truth()
+    step = 60 // size[0]
+    assert torch.equal(truth.values, entries[0].values[:, step // 2 :: step, step // 2 :: step]), "no new depths"
+    assert torch.equal(truth.valid[0], (torch.arange(90) >= 45)[step // 2 :: step].expand(*size))
+    shards.pop()
+    assert [one.key for one in comparison.chosen_samples(recipe)[0]] == ["a", "b"]
 
 
 def test_no_image_at_all_says_why(tmp_path):
