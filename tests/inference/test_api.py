@@ -276,7 +276,11 @@ def test_an_opened_image_is_read_as_its_file_is(tmp_path):
     data = bytearray((tmp_path / "light.png").read_bytes())
     data[33:33] = chunk(b"gAMA", struct.pack(">I", 100000))  # samples in proportion to light
     (tmp_path / "light.png").write_bytes(data)
-    for name in ("white.tif", "12.pgm", "light.png"):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((ramp // 257).astype(np.uint8)).save(tmp_path / "turned.png", exif=exif)
+    assert picture(tmp_path / "turned.png").shape == (3, 8, 6)
+    for name in ("white.tif", "12.pgm", "light.png", "turned.png"):
         with Image.open(tmp_path / name) as opened:
             assert torch.equal(picture(opened), picture(tmp_path / name)), name
     bytes_only = Image.fromarray((ramp // 257).astype(np.uint8))

@@ -170,6 +170,8 @@ def test_a_program_that_differs_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "module", lambda self: lambda images: images[:, 0], raising=False)
     with pytest.raises(ValueError, match=r"/m\.pt2: differs from torch"):
         export.write_program(small(), tmp_path / "m.pt2", program=object())
+    with pytest.raises(ValueError, match=r"^shipped/m\.pt2: differs from torch"):
+        export.write_program(small(), tmp_path / "m.pt2", program=object(), named="shipped/m.pt2")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("m.pt2", "older")]
 
 
