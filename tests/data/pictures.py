@@ -45,3 +45,8 @@ def pack(path, members, *, cut=None):
 def close(rgb: torch.Tensor, image: Image.Image, tolerance=6) -> bool:
     expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     return rgb.shape == expected.shape and (rgb.int() - expected.int()).abs().max() <= tolerance
+
+
+def textured(height=60, width=80) -> Image.Image:
+    rng = np.random.default_rng(3)
+    return Image.fromarray(rng.integers(30, 250, (height, width, 3), dtype=np.uint8))
