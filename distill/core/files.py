@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -180,7 +181,7 @@ def writing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[P
     new = temporary_name(path).with_name(temporary_name(path).name + suffix)
     try:
         with raising_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             yield new
             if new.is_file():
                 if durable:
@@ -192,10 +193,44 @@ def writing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[P
             new.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and those above it, also where another process removes it meanwhile. Raises OSError."""
+    while True:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            return
+        except FileExistsError:  # Path.mkdir's also for a folder that is gone when it looks what is there
+            if os.path.lexists(path) and not path.is_dir():
+                raise
+
+
 def write_bytes(path: Path, data: bytes, *, suffix: str = "") -> None:
     """Write a file atomically: `path` is the old file or the new one. suffix: as in `writing`. Raises WriteError."""
     with writing(path, suffix=suffix) as new:
         new.write_bytes(data)
+
+
+def write_new(path: Path, data: bytes, *, suffix: str = "") -> bool:
+    """As `write_bytes`, but never replace a file; returns whether it was written, False for all but one of many.
+
+    On a file system without hard links a file that another process writes at this moment may be replaced.
+    """
+    with writing(path, suffix=suffix) as new:
+        new.write_bytes(data)
+        sync(new)
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            new.unlink()
+            return False
+        except OSError:
+            if not path.exists():
+                return True  # renamed
+            new.unlink()
+            return False
+        new.unlink()
+        sync(path.parent)
+    return True
 
 
 def write_text(path: Path, text: str, *, suffix: str = "") -> None:
@@ -267,6 +302,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
 # --- locks ------------------------------------------------------------------------------------------------------------
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_ASKED_S = 1.0  # a process that asks longer was stopped meanwhile, and its lock is like a holder's
 _lock_files: set[IO[str]] = set()
 
 
@@ -308,8 +344,27 @@ class Lock:
                 self._file.close()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of the file `path`; processes that ask at once do not disturb each other.
+
+    False where the file system has no locks. Raises OSError.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            return True
+        if error.errno not in _NO_LOCKS:
+            raise
+    return False
+
+
 def take_lock(path: Path, *, wait: bool = False) -> Lock | None:
     """Return the lock of the file `path`, or None if it is taken; wait: block until it is free. Raises OSError."""
+    since = time.monotonic()
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -319,7 +374,10 @@ def take_lock(path: Path, *, wait: bool = False) -> Lock | None:
                 return Lock(path, file)
             file.close()
             if isinstance(error, BlockingIOError):
-                return None
+                if is_locked(path) or time.monotonic() - since > _ASKED_S:
+                    return None
+                time.sleep(0.001)  # released meanwhile, or a process only asked whether it is held
+                continue
             raise
         # The previous holder may have removed the file between opening and locking it here.
         with contextlib.suppress(FileNotFoundError):

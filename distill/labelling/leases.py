@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import time
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Protocol
 
 from filelock import SoftFileLease, Timeout
+
+from distill.core import files
 
 LEASE_S, BEATS = 120.0, 4
 """Seconds without a heartbeat after which others may take a part; number of heartbeats in that time.
@@ -119,7 +122,7 @@ class FolderLeases:
         """The lease, or None where another worker has it; never waits. Raises OSError."""
         lease = self._seen.get(name)
         if lease is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.folder)
             lease = self._seen[name] = SoftFileLease(
                 self.folder / f"{name}{SUFFIX}",
                 lease_duration=self.seconds,
@@ -156,11 +159,11 @@ class FolderLeases:
 
         A reader without write permission uses its own clock.
         """
-        if not self.folder.is_dir():
+        if not (paths := files_in(self.folder, f"*{SUFFIX}")):
             return []
         now = disk_time(self.folder)
         holders = []
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+        for path in paths:
             try:
                 changed = path.stat().st_mtime
             except FileNotFoundError:
@@ -186,9 +189,17 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match, sorted; none where the folder does not exist, or is removed meanwhile."""
+    try:
+        return sorted(folder.glob(pattern))
+    except FileNotFoundError:  # before Python 3.13
+        return []
+
+
 def disk_time(folder: Path) -> float:
     """The time of a file that is written in the folder now, in seconds; this machine's where none can be written."""
-    probe = folder / f".clock-{os.getpid()}"
+    probe = folder / f".clock-{secrets.token_hex(6)}"
     try:
         probe.touch()
         return probe.stat().st_mtime

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill.core.files import Lock, take_lock
+from distill.core.files import Lock, is_locked, take_lock
 from distill.labelling.leases import LEASE_S, NOTES, FolderLeases
 
 
@@ -32,13 +32,14 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
     if lock is None:
         raise RunLockedError(_holder_message(lock_file))
     try:
-        for other in sorted(folder.glob(".claim-*-of-*")):
-            if re.fullmatch(rf"\.claim-\d+-of-{world}", other.name):
-                continue
-            stale = _take(other, wait=False)
-            if stale is None:
-                raise RunLockedError(_holder_message(other))
-            stale.release()
+        with mutex(folder):  # or ranks that begin at once would take each other's look at a claim for its holder
+            for other in sorted(folder.glob(".claim-*-of-*")):
+                if re.fullmatch(rf"\.claim-\d+-of-{world}", other.name):
+                    continue
+                stale = _take(other, wait=False)
+                if stale is None:
+                    raise RunLockedError(_holder_message(other))
+                stale.release()
         # Our lock is visible by now: a new worker looks for it once it has a lease.
         workers = [holder for holder in FolderLeases(folder / NOTES).holders() if not holder.dead]
         if workers:
@@ -55,10 +56,8 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
 def refuse_run(folder: Path) -> None:
     """Raises RunLockedError where a live run that is not a worker holds `folder`, as far as this machine can tell."""
     for other in sorted(folder.glob(".claim-*-of-*")):
-        stale = _take(other, wait=False)
-        if stale is None:
+        if is_locked(other):
             raise RunLockedError(_holder_message(other))
-        stale.release()
 
 
 @contextlib.contextmanager

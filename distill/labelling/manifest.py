@@ -74,17 +74,18 @@ def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, 
 def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], object], suffix: str = "") -> None:
     """Write the folder's settings, or raise ValueError where it was begun with others; suffix: `files.writing`'s.
 
-    Of two processes that begin it simultaneously with different settings, the one whose settings are replaced raises
-    when it calls this again. Damaged settings are rewritten, unless the manifest, or else a label, contradicts them.
+    Of processes that begin it simultaneously with different settings, all but one raise. Damaged settings are
+    rewritten, unless the manifest, or else a label, contradicts them.
     """
-    path = out / SETTINGS
-    write, before = not path.is_file(), settings
-    if not write:
-        try:
-            before = _with_current_keys(read_json(path))
-        except DamagedTableError as error:
-            tell(f"{str(error).partition(';')[0]}; it is rewritten")
-            write, before = True, {**settings, **_with_current_keys(_settings_from_labels(out, settings))}
+    path, ours = out / SETTINGS, dump_json(sealed(settings))
+    if not path.is_file() and files.write_new(path, ours, suffix=suffix):
+        return
+    write = False
+    try:
+        before = _with_current_keys(read_json(path))
+    except DamagedTableError as error:
+        tell(f"{str(error).partition(';')[0]}; it is rewritten")
+        write, before = True, {**settings, **_with_current_keys(_settings_from_labels(out, settings))}
     changed = [name for name in dict.fromkeys([*settings, "fine_tail"]) if settings.get(name) != before.get(name)]
     if changed:
         raise ValueError(
@@ -92,7 +93,7 @@ def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], 
             "folder, or delete this one"
         )
     if write:
-        files.write_bytes(path, dump_json(sealed(settings)), suffix=suffix)
+        files.write_bytes(path, ours, suffix=suffix)
 
 
 def _settings_from_labels(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

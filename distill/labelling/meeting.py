@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from distill.core import files
-from distill.labelling.leases import LEASE_S, NOTES, SUFFIX, Claim, FolderLeases, Holder, disk_time
+from distill.labelling.leases import LEASE_S, NOTES, SUFFIX, Claim, FolderLeases, Holder, disk_time, files_in
 from distill.labelling.manifest import is_whole
 from distill.shards.shards import MANIFEST
 
@@ -90,8 +90,8 @@ class Meeting(Protocol):
         """A string that changes when a manifest is written; "" without one."""
         ...
 
-    def publish(self) -> None:
-        """Publish the manifest in the worker's folder."""
+    def publish(self, claim: Claim) -> None:
+        """Publish the manifest in the worker's folder; raises LeaseLostError where another worker has taken over."""
         ...
 
     def tidy(self) -> None:
@@ -174,7 +174,7 @@ class Folder:
     def notes(self, prefix: str) -> dict[str, dict[str, Any]]:
         """As Meeting has it."""
         notes, now = {}, disk_time(self.out / NOTES)
-        for path in (self.out / NOTES).glob(f"{prefix}*.json"):
+        for path in files_in(self.out / NOTES, f"{prefix}*.json"):
             with contextlib.suppress(FileNotFoundError):  # the last worker may remove them meanwhile
                 age = max(0.0, now - path.stat().st_mtime)
                 if note := self.note(path.stem):
@@ -189,8 +189,9 @@ class Folder:
             return ""
         return f"{status.st_ino} {status.st_mtime_ns} {status.st_size}"
 
-    def publish(self) -> None:
-        """Nothing to do: it is there."""
+    def publish(self, claim: Claim) -> None:
+        """It is there already, and right whoever wrote it; only its writer goes on."""
+        claim.check()
 
     def tidy(self) -> None:
         """As Meeting has it."""

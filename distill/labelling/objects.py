@@ -332,9 +332,10 @@ class Objects:
         metadata = self._store.head(MANIFEST)
         return str(metadata["e_tag"]) if metadata else ""
 
-    def publish(self) -> None:
+    def publish(self, claim: Claim) -> None:
         """As Meeting has it, the manifest last; the local one is removed, because the tars are not there."""
         try:
+            claim.check()
             self._store.put(README, (self.out / README).read_bytes())
             self._store.put(MANIFEST, (self.out / MANIFEST).read_bytes())
         finally:

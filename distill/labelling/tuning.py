@@ -7,6 +7,7 @@ bytes of labels do not depend on timings.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ def tune(
     with mutex(folder):
         path = folder / TUNED
         results: dict[str, Any] = _read_results(path)
+        before = copy.deepcopy(results)
         networks = {name: teacher for name, teacher in teachers if hasattr(teacher, "predict")}
         unmeasured = [name for name in references if name not in results.get("from_float32", {})]
         if unmeasured:
@@ -56,7 +58,8 @@ def tune(
             results["batch_size"] = fastest(list(networks.items()), size, device)
         if device.type == "cuda":
             results.setdefault("device", torch.cuda.get_device_name(device))
-        files.write_bytes(path, dump_json(sealed({**results, "version": VERSION})))
+        if results != before:  # the last worker of a run removes half-written files, and one may join then
+            files.write_bytes(path, dump_json(sealed({**results, "version": VERSION})))
     number = int(results["batch_size"]) if labels.batch_size == "auto" else labels.crops_at_once
     return labels.with_batch_size(number), results
 

@@ -362,14 +362,12 @@ def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True
 
 def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: PartSettings) -> Iterator[MadePart]:
     """Label parts until no worker finds another one."""
-    unchecked = True
     while taken := worker.next(pools):
         place, claim = taken
         begun, before = time.monotonic(), (tally.images, tally.samples)
         try:
-            if unchecked:  # now that a run that has started meanwhile can see our lease
-                refuse_run(worker.board.out)
-                unchecked = False
+            # At each part: a run that starts now sees our lease, but one may have started while we had none.
+            refuse_run(worker.board.out)
             part = worker.board.part(place)
             tally.total = sum(p.images for p in worker.board.places.values())
             tally.before = sum(p.images for n, p in worker.board.places.items() if n in worker.done) - tally.images
@@ -408,9 +406,11 @@ def _finish(meeting: Meeting, end: partial[bool], *, joined: str | None = None) 
         meeting.download()
         if not end(fresh=joined is not None, suffix=claim.suffix):
             return False
-        meeting.publish()
+        meeting.publish(claim)
         settle(meeting)
         return True
+    except LeaseLostError:
+        return None
     except OSError as error:
         # A worker that took over has removed our partial file, or a disk repeated a rename that was done.
         if error.errno != errno.ENOENT or meeting.stamp() in ("", before):

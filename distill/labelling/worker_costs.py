@@ -16,8 +16,9 @@ RECORD = "worker-"
 
 def records(meeting: Meeting) -> dict[str, dict[str, Any]]:
     """The records of all workers by name, also of a finished run; the latter have no AGE."""
+    single = meeting.notes(RECORD)  # first: they are removed once the note of all is written
     stored = meeting.note(SPENT).get("workers")
-    return {**(stored if isinstance(stored, dict) else {}), **meeting.notes(RECORD)}
+    return {**(stored if isinstance(stored, dict) else {}), **single}
 
 
 def settle(meeting: Meeting) -> None:

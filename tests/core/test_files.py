@@ -189,8 +189,57 @@ def test_a_lock_of_a_file_that_its_holder_has_just_removed_is_no_lock(tmp_path, 
     lock = files.take_lock(path, wait=True)
     assert lock is not None and path.exists() and files.take_lock(path) is None
     lock.release()
-    alone, both = files.fcntl.LOCK_EX, files.fcntl.LOCK_EX | files.fcntl.LOCK_NB
-    assert waited == [alone, alone, both], "who waits is not told at once"
+    alone, now = files.fcntl.LOCK_EX, files.fcntl.LOCK_NB
+    asks = files.fcntl.LOCK_SH | now
+    assert waited == [alone, alone, alone | now, asks], "who waits is not told at once"
+
+
+def test_who_asks_for_a_lock_disturbs_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_ASKED_S", 0.01)
+    path = tmp_path / "l"
+    assert not files.is_locked(path) and names(tmp_path) == []
+    lock = files.take_lock(path)
+    assert files.is_locked(path)
+    lock.release()
+    path.touch()
+    with path.open("rb") as asking:
+        files.fcntl.flock(asking, files.fcntl.LOCK_SH)
+        assert not files.is_locked(path) and files.take_lock(path) is None, "a process that was stopped while it asked"
+    lock = files.take_lock(path)
+    assert lock is not None
+    lock.release()
+
+
+def test_one_of_many_writes_a_new_file(tmp_path, monkeypatch):
+    assert files.write_new(tmp_path / "a" / "b", b"one") and not files.write_new(tmp_path / "a" / "b", b"two")
+
+    def none(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(files.os, "link", none)
+    assert files.write_new(tmp_path / "a" / "c", b"one") and not files.write_new(tmp_path / "a" / "c", b"two")
+    assert names(tmp_path / "a") == ["b", "c"]
+    assert (tmp_path / "a" / "b").read_bytes() == (tmp_path / "a" / "c").read_bytes() == b"one"
+
+
+def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    plain, gone = os.mkdir, []
+
+    def made(path, *args):
+        try:
+            plain(path, *args)
+        except FileExistsError:
+            if not gone:
+                gone.append(Path(path).rmdir())
+            raise
+
+    monkeypatch.setattr(files.os, "mkdir", made)
+    (tmp_path / "a").mkdir()
+    files.make_folder(tmp_path / "a")
+    assert gone and (tmp_path / "a").is_dir()
+    (tmp_path / "b").touch()
+    with pytest.raises(FileExistsError):
+        files.make_folder(tmp_path / "b")
 
 
 def test_what_is_synced_is_closed(tmp_path, monkeypatch):
