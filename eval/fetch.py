@@ -152,6 +152,7 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
             if start and start != received:
                 raise OSError(f"{url}: the host sent bytes from {start}, not from {received} as requested")
             if not start:
+                part.unlink(missing_ok=True)  # before its note: a kill in between would give old bytes the new name
                 _write_note(part, url, answer, total)
             _receive(url, answer, part, start, total, report)
     except urllib.error.HTTPError as error:

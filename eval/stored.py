@@ -200,11 +200,14 @@ def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> dict
         raise ValueError(
             f"{store} holds predictions made with other settings ({differ}); use another folder, or delete this one"
         )
-    if store.exists() and next(store.rglob("*.npy"), None) is not None:
+    has_maps = store.exists() and next(store.rglob("*.npy"), None) is not None
+    if has_maps and not (store / SETTINGS).is_file():
         raise ValueError(f"{store} holds predictions without {SETTINGS}, made by another program; use another folder")
     content = {**wanted, "used": used} if used else wanted
-    files.write_json(store / SETTINGS, content, sort_keys=True, allow_nan=True)
-    return {}
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=True) + "\n"
+    if files.write_new(store / SETTINGS, text.encode()):
+        return {}
+    return _claim(store, wanted, used=used)  # another process was faster: its settings count
 
 
 def _images(samples: Sequence[BenchmarkSample]) -> Iterator[tuple[BenchmarkSample, Tensor]]:

@@ -172,6 +172,8 @@ def is_done(cell: StudyCell) -> bool:
 
 def _run_cells(every: Sequence[StudyCell]) -> None:
     """Runs all cells that are free, seed by seed, then waits for those that other processes hold."""
+    for cell in filter(is_done, every):
+        _remove_weights(cell)  # its process may have been killed before it did
     seeds = list(dict.fromkeys(cell.seed for cell in every))
     while True:
         any_held = False
@@ -204,11 +206,15 @@ def _run(cell: StudyCell) -> None:
         commands.run_score(cell.recipe)
     except TrainingStoppedError as error:
         failed = str(error)
-    # Scores, log and predictions are kept; the weights of sixty students would fill a disk.
-    shutil.rmtree(cell.folder / "train" / "checkpoints", ignore_errors=True)
-    shutil.rmtree(cell.folder / "train" / "student", ignore_errors=True)
     result_record = {"row": cell.row, "seed": cell.seed, "failed": failed, "seconds": time.monotonic() - began}
     files.write_json(cell.folder / "cell.json", result_record | {"made_by": commands.commit()}, indent=None)
+    _remove_weights(cell)
+
+
+def _remove_weights(cell: StudyCell) -> None:
+    """Scores, log and predictions are kept; the weights of sixty students would fill a disk."""
+    shutil.rmtree(cell.folder / "train" / "checkpoints", ignore_errors=True)
+    shutil.rmtree(cell.folder / "train" / "student", ignore_errors=True)
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def repair(
     which readers ignore, and a line says so. recipe: what to label with instead of the manifest's; trusted: run the
     manifest's, even if it was never run here. Mirrors are not updated.
 
-    Raises ValueError if the folder is still not whole, and what labelling raises: RunLockedError if a run holds the
-    folder, ValueError if images or teachers have changed.
+    Raises ValueError if the folder is still not whole or another process changed it meanwhile, and what labelling
+    raises: RunLockedError if a run holds the folder, ValueError if images or teachers have changed.
     """
     folder = Path(folder)
     old = folder / f"{MANIFEST}{BAD}"
@@ -76,6 +76,7 @@ def repair(
     remade: list[str] = []
     # A rebuilt manifest takes its facts from the json files: only then can the tars be verified, in a second pass.
     for _ in range(2):
+        verified = _states(folder)
         problems = _problems(folder, report)
         remade += (mended := _repaired_in_place(folder, problems))
         problems = {name: lines for name, lines in problems.items() if name not in mended}
@@ -89,6 +90,7 @@ def repair(
                 "your own with --recipe RECIPE, or --trust-recipe"
             )
         with run_lock(folder, rank=0, world=1):
+            _check_unchanged(folder, problems, verified)
             _set_aside(folder, problems)
         relabel(chosen, folder)
         remade += [name or MANIFEST for name in problems]
@@ -123,6 +125,23 @@ def _repaired_in_place(folder: Path, problems: Collection[str]) -> list[str]:
     tars = {shard["name"].replace(".tar", ".json"): shard for shard in read_manifest(folder)["shards"]}
     with run_lock(folder, rank=0, world=1):
         return [n for n in problems if n in tars and mend_sidecar(folder / tars[n]["name"], tars[n])]
+
+
+def _states(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What tells another tar or manifest of the same name: inode, time and size of each."""
+    states = {}
+    for path in (*folder.glob("*.tar"), folder / MANIFEST):
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            states[path.name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    return states
+
+
+def _check_unchanged(folder: Path, problems: Collection[str], verified: dict[str, tuple[int, int, int]]) -> None:
+    """Raises ValueError where a problem may be gone: a run or another repair ended while we verified without a lock."""
+    now, names = _states(folder), {MANIFEST, *(f"{Path(name).stem}.tar" for name in problems)}
+    if any(now.get(name) != verified.get(name) for name in names):
+        raise ValueError(f"another process changed {folder} while it was verified; run the same command again")
 
 
 def _set_aside(folder: Path, problems: Collection[str]) -> None:

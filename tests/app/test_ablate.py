@@ -304,3 +304,25 @@ def test_workers_use_the_gpus_of_their_parent(tmp_path, monkeypatch, given, coun
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     ablate._run_workers([], [], "bench", tmp_path, 3, [])
     assert started == names
+
+
+def test_a_cell_that_is_killed_while_its_weights_are_removed_is_not_trained_again(tiny, tmp_path, monkeypatch):
+    [cell, *_] = cells(read_study(tiny), tiny, "bench", tmp_path / "out", [])
+    weights, ran, plain = cell.folder / "train" / "checkpoints" / "a", [], ablate.shutil.rmtree
+
+    def train(recipe):
+        ran.append(recipe)
+        weights.mkdir(parents=True)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate.commands, "run_train", train)
+    monkeypatch.setattr(ablate.commands, "run_score", lambda recipe: None)
+    monkeypatch.setattr(ablate, "_label_all", lambda every: None)
+    monkeypatch.setattr(ablate.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ablate._run_cells([cell])
+    monkeypatch.setattr(ablate.shutil, "rmtree", plain)
+    ablate._run_cells([cell])
+    assert len(ran) == 1 and ablate.is_done(cell) and not weights.parent.exists()

@@ -187,3 +187,25 @@ def test_a_manifest_that_climbs_out_moves_nothing(labels, capsys):
         (folder / "manifest.json").write_text(json.dumps(changed))
         assert main(["verify", str(folder), "--repair", "--trust-recipe"]) == 2
         assert "refused" in capsys.readouterr().err and victim.read_bytes() == b"somebody's"
+
+
+def test_what_another_process_repaired_meanwhile_is_not_set_aside(labels, monkeypatch):
+    folder, before = labels
+    tar = sorted(folder.glob("*.tar"))[0]
+    flip(tar, 3000)
+    plain, other = repair.run_lock, []
+
+    def late(*args, **options):
+        if not other:
+            other.append(None)
+            other.append(repair.repair(folder))
+            other.append(tar.stat().st_ino)
+        return plain(*args, **options)
+
+    found = repair._repaired_in_place
+    monkeypatch.setattr(repair, "_repaired_in_place", lambda *args: found(*args) if other else [])
+    monkeypatch.setattr(repair, "run_lock", late)
+    with pytest.raises(ValueError, match="another process changed .*; run the same command again"):
+        repair.repair(folder, relabel=lambda *_: pytest.fail("it is whole"))
+    assert other[1] == [tar.name] and tar.stat().st_ino == other[2] and contents(folder) == before
+    assert repair.repair(folder) == []

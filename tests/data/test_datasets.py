@@ -231,3 +231,20 @@ def test_depth_that_a_tool_reduced_to_eight_bits_is_refused(tmp_path):
     Image.fromarray(np.full((12, 32), 200, np.uint8)).save(tmp_path / row.depth)
     with pytest.raises(OSError, match="depth_00000.png: has 8 bits per pixel, but its depth has 16: a tool reduced it"):
         find(FOLDER, "virtual_kitti2").read(tmp_path, row)
+
+
+def test_an_index_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    tartanair(tmp_path, frames(4))
+    whole = _index.write("tartanair", tmp_path).path.read_bytes()
+    plain, other = _index._lines, []
+
+    def lines(group, found):
+        if not other:
+            with pytest.raises(OSError, match="another process writes it: wait for it"):
+                other.append(None)
+                _index.write("tartanair", tmp_path)
+        return plain(group, found)
+
+    monkeypatch.setattr(_index, "_lines", lines)
+    assert _index.write("tartanair", tmp_path).path.read_bytes() == whole and other
+    assert not [path for path in tmp_path.iterdir() if path.name[0] == "."]

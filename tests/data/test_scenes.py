@@ -354,3 +354,13 @@ def test_the_benchmark_is_fixed_and_apart_from_training(tmp_path, monkeypatch):
     names.write_text("cellar_999.png\n")
     with pytest.raises(LookupError, match="cellar_999"):
         benchmark.samples(None, names)
+
+
+def test_a_view_is_rendered_while_another_thread_stops_caching(monkeypatch):
+    def last(seed, **options):
+        monkeypatch.setattr(scenes, "_cache", None)
+        return seed
+
+    monkeypatch.setattr(scenes, "_cache", {})
+    monkeypatch.setattr(scenes, "render_uncached", last)
+    assert scenes.render(5) == 5

@@ -291,3 +291,21 @@ def test_what_a_person_must_do_is_said(tmp_path, host):
     with pytest.raises(LookupError):
         fetch_benchmark("nyu2", tmp_path)
     assert main(["fetch", "nyu", "kitti", "--root", str(tmp_path), "--sha256", "00"]) == 2
+
+
+def test_bytes_of_an_older_file_are_not_taken_for_the_new_ones(host, tmp_path, monkeypatch):
+    """The disk is full, or the process killed, between what it notes of the new file and its first byte."""
+    host.cut_after = [1_000_000, 0, 0, 0]
+    with pytest.raises(OSError, match="rerun the same command to resume"):
+        fetch(host.url, tmp_path / "a.tar", patience=0.001)
+    assert (tmp_path / "a.tar.part").stat().st_size > 0
+    host.cut_after, host.data, host.tag = [], DATA[::-1], '"two"'
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_receive", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(host.url, tmp_path / "a.tar")
+    assert fetch(host.url, tmp_path / "a.tar", patience=0.001).path.read_bytes() == DATA[::-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from distill.app.recipe import parse
 from distill.app.scoring import how_used, options_on, prediction_settings
 from distill.app.verbs import score as score_verb
 from distill.core.depth import DepthMap, Kind, KindError
+from distill.eval import stored
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.plane import COLUMNS, ROWS, fit_plane
 from distill.eval.score import predict, score, score_predictions
@@ -259,3 +261,25 @@ def test_a_map_is_found_by_its_key_with_the_photos_suffix(tmp_path):
     sample = replace(samples()[0], key="a", prediction_path="pred_a.npy", photo="rgb/a.jpg")
     np.save(tmp_path / "a.jpg.npy", np.ones((2, 2), np.float32))
     assert find_prediction(tmp_path, sample) == tmp_path / "a.jpg.npy"
+
+
+def test_of_two_that_begin_a_store_with_other_settings_the_second_is_refused(tmp_path, monkeypatch):
+    def late(plain, number):
+        def then(*args):
+            found = plain(*args)
+            found = found if found is None or isinstance(found, dict) else iter([*found])
+            if len(first) == number:
+                first.append(None)
+                first.append(predict(Echo(), samples()[:2], tmp_path / str(number), settings={"size": 5}))
+            return found
+
+        return then
+
+    first: list = []
+    for number, (owner, name) in enumerate([(stored, "read_settings"), (Path, "rglob")]):
+        (tmp_path / str(2 * number)).mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, late(getattr(owner, name), 2 * number))
+            with pytest.raises(ValueError, match="made with other settings .size 5, now 6"):
+                predict(Echo(), samples(), tmp_path / str(2 * number), settings={"size": 6})
+        assert first[-1] == 2 and read_settings(tmp_path / str(2 * number))["settings"] == {"size": 5}

@@ -94,12 +94,13 @@ def cached_views() -> Iterator[None]:
 
 def render(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = None, variety: bool = False) -> View:
     """Render as `render_uncached`, or return the cached view (see `cached_views`); callers must not modify a view."""
-    if _cache is None:
+    views = _cache  # read once: another thread may leave `cached_views` meanwhile
+    if views is None:
         return render_uncached(seed, size=size, kind=kind, variety=variety)
     key = (seed, size, kind, variety)
-    if key not in _cache:
-        _cache[key] = render_uncached(seed, size=size, kind=kind, variety=variety)
-    return _cache[key]
+    if key not in views:
+        views[key] = render_uncached(seed, size=size, kind=kind, variety=variety)
+    return views[key]
 
 
 def render_uncached(
