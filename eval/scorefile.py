@@ -20,10 +20,12 @@ An image with a problem was either not scored (`failed`) or scored with a remark
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +125,13 @@ def require_writable(path: Path | str) -> None:
         if file.is_dir():
             raise OSError(f"{file} is a folder; name a file, such as {file / 'scores.json'}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.temporary_name(file).touch()
-            files.temporary_name(file).unlink()
+            files.make_folder(path.parent)
+            with contextlib.suppress(FileNotFoundError):
+                files.temporary_name(file).lstat()  # raises for a name that is too long
+            # A name of its own: another process may be writing the file, or ask the same.
+            probe = file.with_name(f".{secrets.token_hex(6)}{files.PARTIAL}")
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             raise OSError(f"{file}: cannot be written ({error.strerror or error}); name another file") from error
 

@@ -166,8 +166,7 @@ def score_source(
     """
     path = scores_path(out, source)
     head = {"version": VERSION, "source": source.what, "samples": len(source.names), "image_scores": with_image}
-    with explain_dead_workers("--workers"), files.raising_write_errors(path):
-        out.mkdir(parents=True, exist_ok=True)
+    with explain_dead_workers("--workers"), files.raising_write_errors(path), files.only_writer(path):
         done = _resume(path, head, source)
         with path.open("a", encoding="utf-8") as file:
             if not path.stat().st_size:

@@ -386,6 +386,19 @@ def take_lock(path: Path, *, wait: bool = False) -> Lock | None:
         file.close()
 
 
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Hold the lock of a file to which lines are appended, and create its folder; OSError if another process has it."""
+    make_folder(path.parent)
+    lock = take_lock(path.with_name(f".{path.name}.lock"))
+    if lock is None:
+        raise OSError(errno.EBUSY, "another process writes it: wait for it, or stop it", str(path))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 # --- checksums --------------------------------------------------------------------------------------------------------
 
 

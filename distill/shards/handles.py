@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,10 +18,10 @@ class OpenTars:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[str, IO[bytes]] = {}
+        self._open: OrderedDict[str, IO[bytes]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def read(self, name: str, start: int, size: int) -> bytes:
         """At most `size` bytes of the tar `name` from `start` on; fewer where it ends before. Raises OSError."""
@@ -27,7 +29,8 @@ class OpenTars:
         if file is None:
             if len(self._open) >= min(self.most, (machine.open_files() or 1 << 20) // 4):
                 # Dropped rather than closed: another thread may be reading from it.
-                self._open.pop(next(iter(self._open)), None)
+                with contextlib.suppress(KeyError):
+                    self._open.popitem(last=False)  # in one step: another thread may be opening one
             file = self._open[name] = (self.folder / name).open("rb", buffering=0)
         # pread does not move the file's position, so forked workers may share the handle.
         return os.pread(file.fileno(), size, start)

@@ -172,3 +172,20 @@ def test_regions_that_are_no_squares_are_labelled_learnt_and_turned(flight, tmp_
     assert sample.image.shape == (3, 16, 32) and sample.labels["truth"].shared.values.shape == (1, 16, 32)
     assert not verify(build.labels_folder(recipe))
     assert commands.run_train(recipe).step == 2
+
+
+def test_one_process_at_a_time_scores_a_source(flight, tmp_path, monkeypatch):
+    [source] = open_sources([f"tartanair={flight}"])
+    plain, other = filtering.score_line, []
+
+    def late(*args, **options):
+        if not other:
+            other.append(None)
+            with pytest.raises(OSError, match="another process writes it: wait for it"):
+                filtering.score_source(source, tmp_path)
+        return plain(*args, **options)
+
+    monkeypatch.setattr(filtering, "score_line", late)
+    assert filtering.score_source(source, tmp_path) == 0 and other
+    names = [json.loads(line)["name"] for line in filtering.scores_path(tmp_path, source).read_text().splitlines()[1:]]
+    assert names == list(source.names) and not [path for path in tmp_path.iterdir() if path.name[0] == "."]

@@ -16,11 +16,13 @@ from distill.app.cli import main
 from distill.app.recipe import parse
 from distill.app.scoring import how_used, options_on, prediction_settings
 from distill.app.verbs import score as score_verb
+from distill.core import files
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval import stored
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.plane import COLUMNS, ROWS, fit_plane
 from distill.eval.score import predict, score, score_predictions
+from distill.eval.scorefile import require_writable
 from distill.eval.settings import BenchmarkSettings
 from distill.eval.stored import find_prediction, read_settings
 from distill.teachers._settings import TeacherSettings
@@ -283,3 +285,12 @@ def test_of_two_that_begin_a_store_with_other_settings_the_second_is_refused(tmp
             with pytest.raises(ValueError, match="made with other settings .size 5, now 6"):
                 predict(Echo(), samples(), tmp_path / str(2 * number), settings={"size": 6})
         assert first[-1] == 2 and read_settings(tmp_path / str(2 * number))["settings"] == {"size": 5}
+
+
+def test_asking_whether_an_out_can_be_written_takes_nothing_away_from_its_writer(tmp_path):
+    with files.writing(tmp_path / "a.json") as new:
+        new.write_text("{}")
+        require_writable(tmp_path / "a.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(OSError, match="cannot be written .*too long"):
+        require_writable(tmp_path / f"{'a' * 245}.json")

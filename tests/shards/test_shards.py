@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import tarfile
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -170,6 +171,13 @@ def test_collate_forgets_what_is_not_known_of_all_but_never_mixes_quantities():
         collate([make_sample("a"), make_sample("b", teachers=("one",))])
 
 
+class Changing(OrderedDict):
+    """Another thread opens a tar while we look for the one to drop."""
+
+    def __iter__(self):
+        raise RuntimeError("dictionary changed size during iteration")
+
+
 def test_few_tars_stay_open_and_one_that_is_dropped_can_be_read_to_its_end(tmp_path, monkeypatch):
     """Another thread may be reading from it: the first to come is the first to go, but nobody closes it."""
     for number in range(66):
@@ -181,6 +189,9 @@ def test_few_tars_stay_open_and_one_that_is_dropped_can_be_read_to_its_end(tmp_p
         held = tars._open["0.tar"]
         assert tars.read("2.tar", 1, 1) == b"\7" and [*tars._open] == ["1.tar", "2.tar"]
         assert os.pread(held.fileno(), 1, 1) == b"\7"
+        tars._open = Changing(tars._open)
+        assert tars.read("0.tar", 0, 1) == b"\0" and [tars.read("2.tar", 1, 1), len(tars._open)] == [b"\7", 2]
+        tars._open = OrderedDict()
     monkeypatch.setattr(machine, "open_files", lambda: None)
     assert [tars.read(f"{number}.tar", 0, 1)[0] for number in range(66)] == [*range(66)] and len(tars._open) == 64
     assert pickle.loads(pickle.dumps(tars)).read("3.tar", 0, 1) == b"\3"

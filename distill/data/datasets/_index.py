@@ -7,9 +7,7 @@ was killed resumes behind the last complete group, and the finished index is byt
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import errno
 import io
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,7 +62,7 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
     if not groups:
         raise FileNotFoundError(f"{root}: no files of {plugin.FACTS.title} found there; {_where_instead(plugin, root)}")
     aside = files.temporary_name(path)
-    with files.raising_write_errors(path), _alone(path):
+    with files.raising_write_errors(path), files.only_writer(path):
         done = _finished_groups(aside, root, groups)
         with aside.open("a", encoding="utf-8", newline="") as file:
             if not done:
@@ -76,19 +74,6 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
                 if report:
                     report(number + 1, len(groups))
         return _finish(path, aside, groups, len(done), partial(_no_pair, plugin, root))
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Locks the index that is being written: two processes would append to one temporary file."""
-    files.make_folder(path.parent)
-    lock = files.take_lock(path.with_name(f".{path.name}.lock"))
-    if lock is None:
-        raise OSError(errno.EBUSY, "another process writes it: wait for it, or stop it", str(path))
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str]) -> ValueError:
