@@ -171,19 +171,20 @@ def publish(new: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[Path]:
+def writing(path: Path, *, suffix: str = "", durable: bool = True, always: bool = False) -> Iterator[Path]:
     """Yield a temporary name to write to, which is renamed to `path` if the block succeeds and removed otherwise.
 
     Creates the folder. suffix: for a library that recognises a format by the end of the name, and for several writers
     of the same file, which must not share a temporary file. durable: False for one of many files that the caller
-    syncs to the disk together (`sync_tree`). A block that wrote nothing leaves `path` unchanged. Raises WriteError.
+    syncs to the disk together (`sync_tree`). A block that wrote nothing leaves `path` unchanged. always: the block does
+    write, so that a temporary file that is missing then was removed by another process. Raises WriteError.
     """
     new = temporary_name(path).with_name(temporary_name(path).name + suffix)
     try:
         with raising_write_errors(path):
             make_folder(path.parent)
             yield new
-            if new.is_file():
+            if always or new.is_file():
                 if durable:
                     publish(new, path)
                 else:
@@ -206,7 +207,7 @@ def make_folder(path: Path) -> None:
 
 def write_bytes(path: Path, data: bytes, *, suffix: str = "") -> None:
     """Write a file atomically: `path` is the old file or the new one. suffix: as in `writing`. Raises WriteError."""
-    with writing(path, suffix=suffix) as new:
+    with writing(path, suffix=suffix, always=True) as new:
         new.write_bytes(data)
 
 

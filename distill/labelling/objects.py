@@ -8,6 +8,7 @@ puts name the version that they replace; its age is how long an observer has see
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -296,7 +297,19 @@ class Objects:
         with ThreadPoolExecutor(ALIKE) as pool:
             for sidecar, found in zip(names, pool.map(self._store.get, names), strict=True):
                 if found is not None:
-                    files.write_bytes(self.out / sidecar, found[0], suffix=f".{secrets.token_hex(6)}")
+                    self._keep(sidecar, found[0])
+
+    def _keep(self, name: str, data: bytes) -> None:
+        """Write a local file; again where the last worker has just finished all: its `tidy` removes a half-written one.
+
+        The processes of a machine share the folder.
+        """
+        for is_last in (False, True):
+            try:
+                return files.write_bytes(self.out / name, data, suffix=f".{secrets.token_hex(6)}")
+            except OSError as error:
+                if is_last or error.errno != errno.ENOENT:
+                    raise
 
     def publish_file(self, name: str) -> None:
         """As Meeting has it."""

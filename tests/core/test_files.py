@@ -270,3 +270,11 @@ def test_names_that_leave_their_folder_on_any_system(name, tmp_path):
     with pytest.raises(ValueError, match="is refused, since its path"):
         files.inside(tmp_path, name)
     assert files.inside(tmp_path, "a..b/c") == tmp_path / "a..b" / "c"
+
+
+def test_a_written_file_that_another_process_removed_is_an_error(tmp_path, monkeypatch):
+    plain = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: (plain(path, data), path.unlink()))
+    with pytest.raises(files.WriteError, match=r"cannot write .*a: No such file"):
+        files.write_bytes(tmp_path / "a", b"b")
+    assert names(tmp_path) == []

@@ -221,7 +221,7 @@ def test_a_full_disk_is_seen_before_and_while_writing(host, tmp_path, monkeypatc
 
 
 def test_a_killed_download_goes_on(host, tmp_path, processes):
-    host.pause = 0.02
+    host.pause = 0.05  # long enough to be killed in between on a busy machine
     process = processes.Process(target=fetch, args=(host.url, tmp_path / "a.tar"))
     process.start()
     part = tmp_path / "a.tar.part"
@@ -249,7 +249,7 @@ def test_two_at_once_and_a_slow_drip_are_ended_in_a_line(host, tmp_path, monkeyp
     host.pause = 0.02
     with pytest.raises(OSError, match="too slow: .* bytes came in"):
         fetch(host.url, tmp_path / "a.tar", patience=0.001)
-    assert 0 < (tmp_path / "a.tar.part").stat().st_size < 1 << 20
+    assert 0 < (tmp_path / "a.tar.part").stat().st_size < len(DATA)
 
 
 def test_what_is_below_a_chunk_is_kept_and_an_empty_record_is_named(host, tmp_path):

@@ -240,3 +240,19 @@ def test_a_worker_that_joins_writes_no_results_that_are_there(tmp_path):
     assert tune(tmp_path, [], labels, size=16, device=torch.device("cpu"), references=twins)[1]["batch_size"] > 0
     after = (tmp_path / TUNED).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_what_a_finisher_of_the_same_machine_removes_half_written_is_fetched_again(store, tmp_path, monkeypatch):
+    """The processes of a machine share their local folder."""
+    ours, other = (Objects("s3://x/y", tmp_path, store=store) for _ in range(2))
+    store.put("a-000.json", b"{}")
+    plain, tidied = Path.write_bytes, []
+
+    def then_tidied(path, data):
+        plain(path, data)
+        if not tidied:
+            tidied.append(other.tidy())
+
+    monkeypatch.setattr(Path, "write_bytes", then_tidied)
+    ours.download("a-000.json")
+    assert tidied and (tmp_path / "a-000.json").read_bytes() == b"{}"

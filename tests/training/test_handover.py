@@ -24,6 +24,7 @@ from distill.training.stored import _on_device, collate_stored, stored_batches
 from tests.labelling.formula import Formula, run, two_tars
 
 CPU = torch.device("cpu")
+AT_ONCE = 4.5  # seconds, on a busy machine too: PyTorch waits 5 s for a process that does not end
 SETTINGS = TrainSettings(steps=9, batch_size=2, warmup_steps=0, workers=2, val_fraction=0.0)
 
 
@@ -95,7 +96,7 @@ def test_processes_that_wait_for_a_slot_end_with_the_run(labels, close):
             for _ in range(9):
                 next(batches)
         del batches
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < AT_ONCE
 
 
 def test_an_error_ends_the_processes_at_once(labels, forked):
@@ -107,14 +108,14 @@ def test_an_error_ends_the_processes_at_once(labels, forked):
             return OSError("cut short") if place is None else samples[place]
 
     places = [list(one) for one in positions_of(labels)]
-    start = time.perf_counter()
     with handover.held(), pytest.raises(OSError, match="cut short"):
         for _ in loader_of(
             OneBroken(), [*places[:4], [None]], Giving(collate_stored, handover), Readers(2), end=handover.end
         ):
             time.sleep(0.1)
+            start = time.perf_counter()  # of the last batch before the error
     gc.collect()
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < AT_ONCE
 
 
 class Slow:
@@ -136,7 +137,7 @@ def test_reading_processes_end_with_one_that_is_killed():
     time.sleep(0.7)
     parent.kill()
     parent.join()
-    assert select.select([ours], [], [], 5.0)[0] and os.read(ours, 1) == b""
+    assert select.select([ours], [], [], 10.0)[0] and os.read(ours, 1) == b""
     os.close(ours)
 
 
