@@ -14,6 +14,7 @@ its sha256 would need the whole tar.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import time
@@ -110,7 +111,14 @@ class TarCache:
 
     def read(self, name: str, start: int, size: int) -> bytes:
         """Read `size` bytes of the tar `name`, which is first fetched if it is missing and fits. Raises OSError."""
-        file = self._open_cached(name) or self._fetch_and_open(name)
+        file = self._open_cached(name)
+        if file is None:
+            try:
+                file = self._fetch_and_open(name)
+            except OSError as error:
+                # Another process has fetched all tars, and removed what the cache needs.
+                if error.errno != errno.ENOENT or (file := self._open_cached(name)) is None:
+                    raise
         if file is None:
             return self._ranged(name, start, size)
         with file:

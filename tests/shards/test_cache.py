@@ -261,3 +261,18 @@ def test_what_a_cache_costs_is_said():
         "reads"
     )
     assert Traffic(tars=2, samples=9, size=1e9, limit=1e9).sentence.endswith("each tar is fetched once")
+
+
+def test_a_folder_that_another_process_completes_is_read_on(made, tmp_path, monkeypatch):
+    _, folder, far = made
+    kept, names = begun(far, tmp_path / folder.name, 2.0)
+    plain, completed = TarCache._open_cached, []
+
+    def late(self, name):
+        found = plain(self, name)
+        if not completed:
+            completed.append(mirror.fetch(f"file://{far}", kept.folder))
+        return found
+
+    monkeypatch.setattr(TarCache, "_open_cached", late)
+    assert kept.read(names[0], 0, 9) == (folder / names[0]).read_bytes()[:9] and completed
