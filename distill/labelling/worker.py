@@ -30,7 +30,7 @@ from distill.labelling.annotate import CPU
 from distill.labelling.board import Board, Place, withdraw
 from distill.labelling.jobs import Teachers, asked_about
 from distill.labelling.leases import Claim, LeaseLostError
-from distill.labelling.lock import refuse_run
+from distill.labelling.lock import RunLockedError, refuse_run
 from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.meeting import LAST, Folder, Meeting, turn
 from distill.labelling.parts import Tell, line_of
@@ -179,9 +179,8 @@ class _Worker:
         return None
 
     def _is_finished(self, place: Place) -> bool:
-        if self.meeting.has(place.name):
-            return True
-        return self.meeting.has(f"{Path(place.name).stem}.json") and self._is_empty(place)
+        sidecar = f"{Path(place.name).stem}.json"
+        return self.meeting.has(place.name) or (self.meeting.has(sidecar) and self._is_empty(place))
 
     def _mark_done(self, place: Place) -> None:
         self.done.add(place.name)
@@ -308,7 +307,7 @@ def work_by_parts(
     about = made_by(recipe, machine)
     end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=meeting.whole, tell=tell)
     before = meeting.stamp()
-    if before and _finish(meeting, end):
+    if before and _finish(out, meeting, end):
         made_before = sum(name.endswith(".tar") for name in meeting.finished())
         return LabelOutcome(complete=True, parts=0, skipped=made_before, images=0, samples=0, quarantined=0, bytes=0)
     board = Board(shards, part_sizes(shards, crops, labels), out, meeting, teachers, tell)
@@ -334,7 +333,7 @@ def _run_until_done(
                 return _outcome(worker, tally, last=False)
             if worker.held:  # others hold the rest, and enough workers wait for them
                 return _outcome(worker, tally, complete=False, last=False)
-            written = _finish(worker.meeting, end, joined=worker.joined)
+            written = _finish(worker.board.out, worker.meeting, end, joined=worker.joined)
             if written:
                 finished = True
                 return _outcome(worker, tally, last=True)
@@ -392,8 +391,8 @@ def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: PartSett
         yield MadePart(place.name, tally.images - before[0], tally.samples - before[1], lines)
 
 
-def _finish(meeting: Meeting, end: partial[bool], *, joined: str | None = None) -> bool | None:
-    """Write the manifest if every part is finished; whether it is written, None where another worker writes it.
+def _finish(out: Path, meeting: Meeting, end: partial[bool], *, joined: str | None = None) -> bool | None:
+    """Write the manifest if every part is finished; whether it is written, None where another worker or a run does.
 
     joined: the meeting's stamp when this worker joined; without it, a manifest that is right is not written again.
     """
@@ -403,13 +402,14 @@ def _finish(meeting: Meeting, end: partial[bool], *, joined: str | None = None) 
     try:
         if joined is not None and before not in ("", joined):  # written between our last look and our lease
             return None
+        refuse_run(out)
         meeting.download()
         if not end(fresh=joined is not None, suffix=claim.suffix):
             return False
         meeting.publish(claim)
         settle(meeting)
         return True
-    except LeaseLostError:
+    except (LeaseLostError, RunLockedError):
         return None
     except OSError as error:
         # A worker that took over has removed our partial file, or a disk repeated a rename that was done.

@@ -256,3 +256,23 @@ def test_what_a_finisher_of_the_same_machine_removes_half_written_is_fetched_aga
     monkeypatch.setattr(Path, "write_bytes", then_tidied)
     ours.download("a-000.json")
     assert tidied and (tmp_path / "a-000.json").read_bytes() == b"{}"
+
+
+def test_a_manifest_is_left_to_a_run_that_begins_just_before_we_write_it(tars, tmp_path, monkeypatch):
+    run(tars, tmp_path / "one")
+    out, claims = tmp_path / "out", []
+    place = Folder(out, lease_s=60.0)
+    take = place.take
+
+    def late(name):
+        if name == LAST and not claims:
+            claims.append(files.take_lock(out / ".claim-0-of-1"))
+        elif name.startswith("wait") and len(claims) == 1:
+            claims[0].release()
+            claims.append(run(tars, out))
+        return take(name)
+
+    monkeypatch.setattr(place, "take", late)
+    outcome = work(tars, out, meeting=place)
+    assert outcome.complete and not outcome.last and claims[1].complete and claims[1].parts == 0
+    assert contents(out) == contents(tmp_path / "one")
