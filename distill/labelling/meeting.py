@@ -131,10 +131,11 @@ class Folder:
 
     def begin(self, part: str, claim: Claim) -> None:
         """As Meeting has it: a holder that was too slow cannot rename its partial file any more."""
-        for name in (part, str(Path(part).with_suffix(".json"))):
-            for partial_file in self.out.glob(f"{files.temporary_name(self.out / name).name}*"):
-                if not partial_file.name.endswith(claim.suffix):
-                    partial_file.unlink(missing_ok=True)
+        both = (self.out / part, (self.out / part).with_suffix(".json"))
+        names = tuple(files.temporary_name(path).name for path in both)
+        for path in self.out.iterdir():
+            if path.name.startswith(names) and not path.name.endswith(claim.suffix):
+                path.unlink(missing_ok=True)
 
     def deliver(self, part: str, claim: Claim) -> None:
         """Nothing to do: it is there already."""
