@@ -211,14 +211,15 @@ def test_a_process_without_streams_has_a_console(monkeypatch):
 
 def test_the_fault_of_a_process_that_is_not_the_first_one_is_told(shown, monkeypatch, tmp_path):
     monkeypatch.setattr(console, "ALONE_S", 0.05)
+    monkeypatch.chdir(tmp_path)  # lines of 110 characters would break a long path
     for rank, quiet, said in (("", False, "error: "), ("3", True, "error: process 3: ")):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setattr(console, "_quiet", quiet)
         out = shown(False)
         console._err.quiet = quiet
         started = time.perf_counter()
-        assert main(["verify", str(tmp_path / "nothing")]) == 2
-        assert out.getvalue().startswith(f"{said}{tmp_path}")
+        assert main(["verify", "nothing"]) == 2
+        assert out.getvalue().startswith(f"{said}nothing")
         assert (time.perf_counter() - started > 0.05) or not quiet
 
 
