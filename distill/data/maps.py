@@ -3,7 +3,8 @@
 One reader for ground truth, benchmarks and predictions. The format is detected from the first bytes, not the suffix.
 Supported: npy, npz, PNG, TIFF (integers, float16 to float64), PFM, PGM, Sintel's dpt, EXR, HDF5, MATLAB's mat, COLMAP's
 bin. Colour pictures of maps, with or without a palette, are refused; a grey palette is read as its grey values. A
-16-bit PNG of `distill predict` stores its range and is converted back to values.
+16-bit PNG of `distill predict` stores its range and is converted back to values; TartanAir V2's RGBA PNGs of depth are
+known by their names.
 
 A picture with identical channels is read as grey; one with transparent pixels is refused. Values that a TIFF or HDF5
 file declares to be missing (GDAL's tag or mask, netCDF's _FillValue or valid_range) become NaN; numbers that it
@@ -32,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from distill.core import signatures
-from distill.data import damage, exrs, hdf5s, packing, tiffs
+from distill.data import damage, exrs, hdf5s, packing, rgba_floats, tiffs
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5, .mat and COLMAP's .bin"
@@ -104,13 +105,13 @@ def _read(path: Path, quantity: str, scale: float | None) -> np.ndarray:
 
 
 def decode_map(data: bytes, name: str = "", quantity: str = "", *, scale: float | None = 1.0) -> np.ndarray:
-    """`read_map` for a file's bytes, masks included; name: the file's, for the error message of an unknown format."""
+    """`read_map` for a file's bytes, masks included; name: the file's, for errors and TartanAir V2's depth."""
     if head := _COLMAP.match(data):
         return _plane(_colmap(data, head))
     for magic, kind, reader in _READERS:
         if data.startswith(magic):
             try:
-                decoded = reader(data)
+                decoded = _png(data, name) if kind == "png" else reader(data)
                 return _plane(_choose_map(decoded, quantity) if isinstance(decoded, dict) else decoded, scale)
             except BadMapError:
                 raise
@@ -215,7 +216,7 @@ def _describe(array: Any) -> str:
     return f"({words})" if words else str(array.shape)
 
 
-def _png_values(data: bytes) -> np.ndarray:
+def _png_values(data: bytes, name: str) -> np.ndarray:
     if reason := damage.png_damage(data):
         raise BadMapError(reason)
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
@@ -226,7 +227,9 @@ def _png_values(data: bytes) -> np.ndarray:
         if values.ndim == 3:
             if data[24] == 16:  # Pillow reduces colours to eight bits
                 values = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
-            return _grey_plane(values, f"has {len(image.getbands())} channels: a picture, not a map")
+            elif (numbers := rgba_floats.numbers(values, name)) is not None:
+                return numbers
+            return _grey_plane(values, rgba_floats.fault(values, name))
         if image.mode.startswith("I") and {"kind", "low", "high"} <= set(image.info):
             low, high = float(image.info["low"]), float(image.info["high"])
             numbers = (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
@@ -360,10 +363,10 @@ def _mat(data: bytes) -> dict[str, Any]:
     return {name: array.astype(bool) if name in masks else array for name, array in arrays.items()}
 
 
-def _png(data: bytes) -> np.ndarray:
+def _png(data: bytes, name: str = "") -> np.ndarray:
     if changed := signatures.sniff(data[:16].ljust(8)).removeprefix("PNG"):
         raise BadMapError(f"not a readable .png ({changed})")
-    return _png_values(data)
+    return _png_values(data, name)
 
 
 _READERS = (
