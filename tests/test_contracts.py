@@ -17,7 +17,7 @@ FOLDERS = {
     "decoders": {"sdt", "dpt"},
     "normalizations": {"global", "hybrid", "local", "none"},
     "terms": {"shared", "local_global", "feature", "gradient", "anchor"},
-    "datasets": {"hypersim", "virtual_kitti2", "blendedmvs", "irs", "tartanair"},
+    "datasets": {"hypersim", "virtual_kitti2", "blendedmvs", "irs", "tartanair", "tartanair_v2", "virtual_kitti"},
     "benchmarks": {"scenes", "pairs", "nyu", "kitti", "eth3d", "scannet", "diode"},
 }
 EVERY = [(kind, name) for kind in KINDS for name in names(KINDS[kind])]

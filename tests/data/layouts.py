@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -105,10 +106,29 @@ def tartanair(root: Path, frames: Sequence[Frame], world: str = "abandonedfactor
         np.save(path, np.where(depth > 0, depth, 10000).astype(np.float32))
 
 
+def tartanair_v2(root: Path, frames: Sequence[Frame], camera: str = "lcam_front", world: str = "CarWelding") -> None:
+    flight = root / world / "Data_easy" / "P000"
+    for number, (pixels, depth) in enumerate(frames):
+        _image(flight / f"image_{camera}" / f"{number:06d}_{camera}.png", pixels)
+        path = flight / f"depth_{camera}" / f"{number:06d}_{camera}_depth.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        packed = np.where(depth > 0, depth, 10000).astype("<f4")
+        cv2.imwrite(str(path), packed[..., None].view(np.uint8))  # OpenCV's order, as the authors write it
+
+
+def virtual_kitti(root: Path, frames: Sequence[Frame], variation: str = "clone") -> None:
+    for number, (pixels, depth) in enumerate(frames):
+        _image(root / "vkitti_1.3.1_rgb" / "0001" / variation / f"{number:05d}.png", pixels)
+        codes = np.where(depth > 0, np.minimum(depth * 100, 65535), 65535).round().astype(np.uint16)
+        _image(root / "vkitti_1.3.1_depthgt" / "0001" / variation / f"{number:05d}.png", codes)
+
+
 WRITERS: dict[str, Callable[..., None]] = {
     "hypersim": hypersim,
     "virtual_kitti2": virtual_kitti2,
     "blendedmvs": blendedmvs,
     "irs": irs,
     "tartanair": tartanair,
+    "tartanair_v2": tartanair_v2,
+    "virtual_kitti": virtual_kitti,
 }

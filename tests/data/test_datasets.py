@@ -14,10 +14,18 @@ from distill.core.plugins import find
 from distill.data import published
 from distill.data.datasets import FOLDER, _index
 from distill.data.photos import BadImageError
-from tests.data.layouts import WRITERS, hypersim, hypersim_prepared, tartanair, virtual_kitti2
+from tests.data.layouts import (
+    WRITERS,
+    hypersim,
+    hypersim_prepared,
+    tartanair,
+    tartanair_v2,
+    virtual_kitti,
+    virtual_kitti2,
+)
 
 # Rounded as each format rounds: float16, centimetres, millimetres.
-OFF = {"hypersim": 2e-3, "virtual_kitti2": 6e-3}
+OFF = {"hypersim": 2e-3, "virtual_kitti2": 6e-3, "virtual_kitti": 6e-3}
 
 
 def frames(count=2, height=24, width=32):
@@ -248,3 +256,67 @@ def test_an_index_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(_index, "_lines", lines)
     assert _index.write("tartanair", tmp_path).path.read_bytes() == whole and other
     assert not [path for path in tmp_path.iterdir() if path.name[0] == "."]
+
+
+def test_virtual_kitti_cuts_the_far_plane_where_its_authors_put_the_sky(tmp_path):
+    """Their README: "a fixed far plane of 655.35 meters, i.e. ... sky pixels are clipped to a depth of 655.3m"."""
+    depth = np.array([[655.35, 655.3, 655.29, 0.5]], np.float32)
+    virtual_kitti(tmp_path, [(np.zeros((1, 4, 3), np.uint8), depth)])
+    _index.write("virtual_kitti", tmp_path)
+    [row] = _index.read("virtual_kitti", tmp_path)
+    values, valid = find(FOLDER, "virtual_kitti").read(tmp_path, row)
+    assert row.name == "0001/clone/00000" and row.focal == 725.0
+    assert valid.tolist() == [[False, False, True, True]] and np.abs(values - depth)[valid].max() < 1e-4
+
+
+@pytest.mark.parametrize("left_out", ["vkitti_1.3.1_rgb", "vkitti_1.3.1_depthgt"])
+def test_virtual_kitti_with_one_archive_or_from_within_says_so(left_out, tmp_path):
+    virtual_kitti(tmp_path / "root", frames(1, 12, 32))
+    inside = tmp_path / "root/vkitti_1.3.1_rgb"
+    with pytest.raises(FileNotFoundError, match="it is a part of the data in .*/root: give that folder"):
+        _index.write("virtual_kitti", inside)
+    (tmp_path / "root" / left_out).rename(tmp_path / "aside")
+    with pytest.raises(
+        ValueError, match=r"such as vkitti_1.3.1_\w+/0001/clone/00000.png.*unpack the other archive too"
+    ):
+        _index.write("virtual_kitti", tmp_path / "root")
+
+
+def test_tartanair_v2_keeps_its_cameras_apart_and_leaves_out_what_is_not_pinhole(tmp_path):
+    for camera in ("lcam_front", "rcam_top", "lcam_fish", "lcam_equirect"):
+        tartanair_v2(tmp_path, frames(1, 12, 12), camera)
+    done = _index.write("tartanair_v2", tmp_path)
+    assert (done.rows, done.groups) == (2, 2)
+    rows = _index.read("tartanair_v2", tmp_path)
+    assert [row.name for row in rows] == [
+        f"CarWelding/Data_easy/P000/{camera}/000000" for camera in ("lcam_front", "rcam_top")
+    ]
+    assert rows[1].depth == "CarWelding/Data_easy/P000/depth_rcam_top/000000_rcam_top_depth.png"
+    (tmp_path / "CarWelding/Data_easy/P000/depth_rcam_top").rename(tmp_path / "aside")
+    done = _index.write("tartanair_v2", tmp_path)
+    assert (done.rows, done.alone) == (1, 1) and "image_rcam_top" in done.examples[0]
+
+
+def test_tartanair_v2_with_depth_alone_or_changed_depth_says_so(tmp_path):
+    tartanair_v2(tmp_path, frames(1, 12, 32))
+    _index.write("tartanair_v2", tmp_path)
+    [row] = _index.read("tartanair_v2", tmp_path)
+    with Image.open(tmp_path / row.depth) as image:
+        image.convert("RGB").save(tmp_path / row.depth)
+    with pytest.raises(
+        OSError, match="000000_lcam_front_depth.png: has 3 channels, but not in four bytes the float32 of"
+    ):
+        find(FOLDER, "tartanair_v2").read(tmp_path, row)
+    (tmp_path / row.rgb).unlink()
+    with pytest.raises(ValueError, match="TartanAir V2 without depth, or depth without images .*unpack the other"):
+        _index.write("tartanair_v2", tmp_path)
+
+
+@pytest.mark.parametrize(("lies", "asked"), [("tartanair_v2", "tartanair"), ("virtual_kitti", "virtual_kitti2")])
+def test_the_other_version_of_a_data_set_is_recognised(lies, asked, tmp_path):
+    for there, wanted in ((lies, asked), (asked, lies)):
+        root = tmp_path / there
+        WRITERS[there](root, frames(1, 12, 32))
+        title = find(FOLDER, there).FACTS.title
+        with pytest.raises(FileNotFoundError, match=f"it is {title}: `distill index {there} {root}`"):
+            _index.write(wanted, root)

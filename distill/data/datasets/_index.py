@@ -24,6 +24,8 @@ from distill.data.datasets import FOLDER, Group, Row, folders_of
 
 COLUMNS = ("name", "rgb", "depth", "focal", "split")
 _END = "#end"
+_OWN = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
+"""The data sets of this folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +96,14 @@ def _layout(plugin: Any) -> str:
 
 
 def _where_instead(plugin: Any, root: Path) -> str:
-    """A hint: where the data set lies instead, which archive to unpack, or the expected layout."""
+    """A hint: where the data set lies instead, what lies here, which archive to unpack, or the expected layout."""
     looked = root.resolve()
     if inside := next((inner for inner in _subfolders(looked) if _holds(plugin, inner, inner)), None):
         return f"it is in {inside}: give that folder"
     if above := next((above for above in looked.parents[:2] if _holds(plugin, above, looked)), None):
         return f"it is a part of the data in {above}: give that folder"
+    if other := next((name for name in _OWN if _holds(find(FOLDER, name), looked, looked)), None):
+        return f"it is {find(FOLDER, other).FACTS.title}: `distill index {other} {root}`"
     packed = sorted(path.name for path in looked.iterdir() if path.suffix.lower() in (".zip", ".tar", ".gz", ".7z"))
     if packed:
         others = f" and {len(packed) - 1} more" if packed[1:] else ""
