@@ -12,8 +12,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.util import Finalize
 from functools import partial
 from typing import Any
 
@@ -231,9 +232,7 @@ def loader_of(
         worker_init_fn=_init_worker,
         pin_memory=pinned,
     )
-    others = set(multiprocessing.active_children())
-    items, over = iter(loader), object()
-    processes = set(multiprocessing.active_children()) - others
+    (items, kill), over = _start(loader), object()
     try:
         if started is not None:
             started()
@@ -250,8 +249,27 @@ def loader_of(
             end()
         # Without this a frame held by its own error would leave it to the collector, which waits 5 s per process.
         del items
-        for process in processes:
-            process.kill()  # one that hangs in a read ignores the loader's SIGTERM
+        kill()  # one that hangs in a read ignores the loader's SIGTERM
+
+
+def _start(loader: DataLoader[Any]) -> tuple[Iterator[Any], Callable[[], object]]:
+    """The loader's batches, and what kills its processes.
+
+    Also called when this process ends with batches left, as a stored traceback leaves them: multiprocessing then sends
+    SIGTERM, which they ignore, and waits for them.
+    """
+    others = set(multiprocessing.active_children())
+    try:
+        items = iter(loader)
+    finally:
+        processes = set(multiprocessing.active_children()) - others
+        kill = Finalize(None, _kill, (processes,), exitpriority=0)
+    return items, kill
+
+
+def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 @contextlib.contextmanager

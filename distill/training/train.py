@@ -99,7 +99,8 @@ def train(
     features: the encoder's stored features, where settings.cache_features.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
-    finite, OSError for a failed read or write; checkpoints stay. A signal waits for one (training.stopping).
+    finite, OSError for a failed read or write; earlier checkpoints stay. Ctrl-C and SIGTERM wait for the end of a step
+    and a checkpoint (training.stopping).
     """
     out = Path(out)
     _check(objective, settings, features, reference)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from distill.training import checkpoints, stopping
+from distill.training import checkpoints, loading, stopping
 from distill.training.stopping import StopNotice, Stopped
 from tests.ranks import ended_as, ranks_of_two
 from tests.training.toys import assert_same_run, l1, run
@@ -137,3 +137,17 @@ def test_reading_processes_leave_the_decision_to_the_training_process(tmp_path):
         run(tmp_path, workers=2, val_fraction=0.0, report=report)
     assert len(pids) == 2
     assert checkpoints.find(tmp_path)[-1].step == STEP + 1
+
+
+def ends_with_batches_left():
+    global batches
+    loader = loading.loader_of([1.0, 2.0, 3.0], [[0], [1], [2]], list, loading.Readers(1))
+    batches = next(loader), loader  # as a stored traceback keeps them
+
+
+def test_a_process_that_ends_with_batches_left_does_not_wait_for_its_reader(processes):
+    ending = processes.Process(target=ends_with_batches_left)
+    ending.start()
+    ending.join(timeout=60)
+    ending.kill()
+    assert ending.exitcode == 0
