@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -211,27 +212,25 @@ def write_bytes(path: Path, data: bytes, *, suffix: str = "") -> None:
         new.write_bytes(data)
 
 
-def write_new(path: Path, data: bytes, *, suffix: str = "") -> bool:
+def write_new(path: Path, data: bytes) -> bool:
     """As `write_bytes`, but never replace a file; returns whether it was written, False for all but one of many.
 
     On a file system without hard links a file that another process writes at this moment may be replaced.
     """
-    with writing(path, suffix=suffix) as new:
+    # A name that no other process writes: the file that is linked would change with it.
+    with writing(path, suffix=f".{secrets.token_hex(6)}") as new:
         new.write_bytes(data)
         sync(new)
+        written = True
         try:
             os.link(new, path)
-        except FileExistsError:
-            new.unlink()
-            return False
-        except OSError:
-            if not path.exists():
-                return True  # renamed
-            new.unlink()
-            return False
-        new.unlink()
+        except OSError as error:
+            written = not (isinstance(error, FileExistsError) or path.exists())
+            if written:
+                new.replace(path)
+        new.unlink(missing_ok=True)
         sync(path.parent)
-    return True
+    return written
 
 
 def write_text(path: Path, text: str, *, suffix: str = "") -> None:

@@ -78,7 +78,7 @@ def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], 
     rewritten, unless the manifest, or else a label, contradicts them.
     """
     path, ours = out / SETTINGS, dump_json(sealed(settings))
-    if not path.is_file() and files.write_new(path, ours, suffix=suffix):
+    if not path.is_file() and files.write_new(path, ours):
         return
     write = False
     try:

@@ -222,6 +222,19 @@ def test_one_of_many_writes_a_new_file(tmp_path, monkeypatch):
     assert (tmp_path / "a" / "b").read_bytes() == (tmp_path / "a" / "c").read_bytes() == b"one"
 
 
+def test_writers_of_a_new_file_do_not_write_into_each_other(tmp_path, monkeypatch):
+    path, link = tmp_path / "a", os.link
+
+    def slow(new, to):
+        monkeypatch.setattr(files.os, "link", link)
+        assert files.write_new(path, b"two")
+        link(new, to)
+
+    monkeypatch.setattr(files.os, "link", slow)
+    assert not files.write_new(path, b"one")
+    assert path.read_bytes() == b"two" and names(tmp_path) == ["a"]
+
+
 def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
     plain, gone = os.mkdir, []
 
