@@ -33,8 +33,8 @@ def arrays(data: bytes) -> dict[str, np.ndarray]:
             if item.attrs.get("MATLAB_class") == b"logical":
                 found[name] = stored.astype(bool)
             else:
-                unsigned = stored.dtype.kind == "i" and packing.text(item.attrs.get("_Unsigned")) == "true"
-                stored = stored.view(stored.dtype.str.replace("i", "u")) if unsigned else stored
+                if stored.dtype.kind == "i" and _is_unsigned(item.attrs):
+                    stored = stored.view(stored.dtype.str.replace("i", "u"))
                 found[name] = packing.by_netcdf(_filled(stored, item.attrs), item.attrs)
 
     with h5py.File(io.BytesIO(data), "r") as file:
@@ -53,7 +53,7 @@ def _filled(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
     """Replace values that netCDF's attributes declare missing or out of range by NaN; integers become floats then."""
     absent = _beyond(values, notes)
     for name in ("_FillValue", "missing_value"):
-        for missing in packing.numbers(notes.get(name)):
+        for missing in _numbers(notes, name, values.dtype):
             absent |= values == missing
     if not absent.any():
         return values
@@ -64,8 +64,7 @@ def _filled(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
 def _beyond(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
     """Where values are outside netCDF's valid_range, or valid_min and valid_max."""
     absent = np.zeros(values.shape, bool)
-    span = packing.numbers(notes.get("valid_range"))
-    lowest, highest = (packing.numbers(notes.get(name)) for name in ("valid_min", "valid_max"))
+    span, lowest, highest = (_numbers(notes, name, values.dtype) for name in ("valid_range", "valid_min", "valid_max"))
     lowest, highest = (span[:1], span[1:]) if span.size == 2 else (lowest[:1], highest[:1])
     for bound, outside in ((lowest, np.less), (highest, np.greater)):
         if not bound.size:
@@ -75,6 +74,17 @@ def _beyond(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
         else:  # bounds of stored integers are integers: others are of what those mean
             absent |= outside(packing.meant(values, notes) if bound.dtype.kind == "f" else values, bound)
     return absent
+
+
+def _is_unsigned(notes: Mapping[str, Any]) -> bool:
+    """Whether netCDF's attributes declare signed integers to be unsigned ones."""
+    return packing.text(notes.get("_Unsigned")).lower() == "true"
+
+
+def _numbers(notes: Mapping[str, Any], name: str, dtype: np.dtype) -> np.ndarray:
+    """The numbers of an attribute; signed ones count as unsigned where those of the data set do."""
+    found = packing.numbers(notes.get(name))
+    return found.astype(dtype) if found.dtype.kind == "i" and dtype.kind == "u" and _is_unsigned(notes) else found
 
 
 def open_hdf5(path: Path) -> Any:

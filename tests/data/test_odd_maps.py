@@ -266,10 +266,15 @@ def test_the_ends_of_a_range_are_within_it(tmp_path):
 
 
 def test_unsigned_integers_that_netcdf_stores_as_signed(tmp_path):
-    with pytest.importorskip("h5py").File(tmp_path / "a.nc", "w") as file:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.nc", "w") as file:
         file["depth"] = (CODES * 5000).astype(np.uint16).view(np.int16)
         file["depth"].attrs["_Unsigned"] = "true"
     assert read_map(tmp_path / "a.nc").tolist() == (CODES * 5000).tolist()
+    with h5py.File(tmp_path / "a.nc", "a") as file:  # signed in the file, like the values: 60000 and 1 to 55000
+        file["depth"].attrs["_FillValue"] = np.int16(-5536)
+        file["depth"].attrs["valid_range"] = np.array([1, -10536], np.int16)
+    assert np.isnan(read_map(tmp_path / "a.nc")).ravel().tolist() == [False] * 11 + [True]
 
 
 def test_a_filter_of_hdf5_that_is_not_installed_is_named(tmp_path):
