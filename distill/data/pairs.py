@@ -123,8 +123,8 @@ class Pair:
             raise OSError(
                 f"{self.depth_path}: not a readable depth map ({error}); fix the file or remove its row"
             ) from error
-        below = stored[(stored < 0) & np.isfinite(stored)]
-        if below.size and not (stored > 0).any() and below.min() < below.max():  # one number alone means "no data"
+        below = np.empty(0) if (stored > 0).any() else np.unique(stored[(stored < 0) & np.isfinite(stored)])
+        if below.size > 2:  # one number or two mean "no data"
             raise ValueError(
                 f"{self.depth_path}: all its values are negative, from {below.min():g} to {below.max():g}, but only "
                 "positive ones are valid: where they are depth along -z, store their absolute values"

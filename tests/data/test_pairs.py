@@ -66,6 +66,8 @@ def test_values_that_are_not_finite_or_not_positive_are_invalid(tmp_path):
     assert truth.valid.flatten().tolist() == [False] * 5 + [True] * 3 and truth.values.isfinite().all()
     np.save(tmp_path / "d.npy", np.full((2, 4), -9999.0))  # a frame without a measurement
     assert not read_pairs(tmp_path)[0].truth().valid.any()
+    np.save(tmp_path / "d.npy", np.repeat([[-1.0], [-2.0]], 4, axis=1))  # with two numbers for it
+    assert not read_pairs(tmp_path)[0].truth().valid.any()
     np.save(tmp_path / "d.npy", -1 - np.arange(8.0).reshape(2, 4))
     with pytest.raises(ValueError, match="d.npy: all its values are negative, from -8 to -1, but only positive ones"):
         read_pairs(tmp_path)[0].truth()
