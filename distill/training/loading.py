@@ -14,8 +14,8 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.util import Finalize
 from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
