@@ -29,7 +29,7 @@ from rich.table import Table
 from distill.core.printable import printable
 from distill.core.progress import Report
 
-_quiet = os.environ.get("RANK", "") not in ("", "0")
+_quiet = os.environ.get("RANK", "").strip() not in ("", "-1", "0")
 # A service or a scheduler may start the process with closed streams: its output is then discarded.
 sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  (open until the process ends)
 sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115

@@ -36,11 +36,13 @@ def _processes() -> int:
 
 
 def from_launcher(name: str, otherwise: int) -> int:
-    """A number of the environment that a launcher gives its processes; empty counts as not set, as scripts leave it.
+    """A number of the environment that a launcher gives its processes; ValueError names the variable.
 
-    ValueError names the variable.
+    Empty, as scripts leave it, and -1, as older launchers write it, count as not set.
     """
-    text = os.environ.get(name, "").strip() or str(otherwise)
+    text = os.environ.get(name, "").strip()
+    if text in ("", "-1"):
+        return otherwise
     if not text.isdecimal():
         raise ValueError(f"the environment variable {name} must be a number, as launchers set it, not {text!r}")
     return int(text)

@@ -23,8 +23,9 @@ class Stopped(KeyboardInterrupt):  # noqa: N818  (obeys a notice; not an error)
 class StopNotice:
     """Holds back SIGINT and SIGTERM for a block, which is to look at `given` and raise Stopped when it can.
 
-    At the end of the block the signal is delivered, to whatever handled it before. One that comes SAME_S after the
-    first is delivered at once. Outside the main thread, where Python handles no signals, it holds back nothing.
+    At the end of the block the signal is delivered, to whatever handled it before; an error of the block is raised in
+    its place. One that comes SAME_S after the first is delivered at once. Outside the main thread, where Python handles
+    no signals, it holds back nothing.
     """
 
     def __init__(self) -> None:

@@ -224,7 +224,7 @@ def test_the_fault_of_a_process_that_is_not_the_first_one_is_told(shown, monkeyp
 
 
 def test_what_a_launcher_should_have_set_is_named(monkeypatch):
-    for text, number in (("", 0), (" ", 0), ("2", 2)):
+    for text, number in (("", 0), (" ", 0), ("-1", 0), ("2", 2)):
         monkeypatch.setenv("RANK", text)
         assert build.process()[0] == number
     monkeypatch.setenv("RANK", "$SLURM_PROCID")
