@@ -47,7 +47,7 @@ def page_sizes(image: Image.Image) -> tuple[dict[int, tuple[int, int]], dict[int
 def as_declared(values: np.ndarray, data: bytes, page: int = 0, mask: int | None = None) -> np.ndarray:
     """Samples with what their file says of them: NaN for GDAL's no-data value and where the page `mask` is zero, a mark
     (data.packing) for a scale."""
-    if mask is not None:
+    if mask is not None and values.ndim == 2:  # several channels are refused later
         values = _with_gaps(values, numbers(data, mask) == 0)
     try:
         tags = _tags(data, page)

@@ -301,6 +301,9 @@ def test_a_mask_within_a_tiff_says_what_is_valid(tmp_path):
     pages(tmp_path / "a.tif", (whole, 0), (mask, 4), (mask.resize((2, 2)), 5))
     read = read_map(tmp_path / "a.tif")
     assert np.isnan(read.ravel()[:3]).all() and read.ravel()[3:].tolist() == list(range(4, 13))
+    pages(tmp_path / "a.tif", (Image.new("LA", (4, 3)), 0), (mask, 4))
+    with pytest.raises(BadMapError, match=r"has the shape \(3, 4, 2\): a depth map has one channel"):
+        read_map(tmp_path / "a.tif")
     pages(tmp_path / "a.tif", (whole, 0), (whole, 0))
     with pytest.raises(BadMapError, match="holds 2 pictures of one size"):
         read_map(tmp_path / "a.tif")
