@@ -27,6 +27,7 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
     Raises RunLockedError where a live process has the same rank, or belongs to a run of another size, or where workers
     hold leases.
     """
+    _refuse_workers(folder)  # before our lock is there, which would end a worker at its next part
     lock_file = folder / f".claim-{rank}-of-{world}"
     lock = _take(lock_file, wait=False)
     if lock is None:
@@ -41,16 +42,20 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
                     raise RunLockedError(_holder_message(other))
                 stale.release()
         # Our lock is visible by now: a new worker looks for it once it has a lease.
-        workers = [holder for holder in FolderLeases(folder / NOTES).holders() if not holder.dead]
-        if workers:
-            raise RunLockedError(
-                f"{folder} is being labelled by worker {workers[0].pid} on {workers[0].host}: join it with distill "
-                f"label RECIPE --worker; if it is dead, its lease expires {LEASE_S:.0f} s after its last heartbeat"
-            )
+        _refuse_workers(folder)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         lock.release()
+
+
+def _refuse_workers(folder: Path) -> None:
+    workers = [holder for holder in FolderLeases(folder / NOTES).holders() if not holder.dead]
+    if workers:
+        raise RunLockedError(
+            f"{folder} is being labelled by worker {workers[0].pid} on {workers[0].host}: join it with distill "
+            f"label RECIPE --worker; if it is dead, its lease expires {LEASE_S:.0f} s after its last heartbeat"
+        )
 
 
 def refuse_run(folder: Path) -> None:

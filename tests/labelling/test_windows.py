@@ -104,6 +104,15 @@ def test_ranks_that_begin_at_once_after_a_run_of_another_size_do_not_refuse_each
     assert ended == ["had it"] and not list(tmp_path.iterdir())
 
 
+def test_a_run_that_workers_refuse_ends_none_of_them(tmp_path, monkeypatch):
+    claim, taken = Folder(tmp_path, lease_s=60.0).take("sa_0-000.tar"), []
+    monkeypatch.setattr(lock, "_take", lambda path, *, wait: taken.append(path))
+    with pytest.raises(RunLockedError, match="is being labelled by worker"), run_lock(tmp_path, rank=0, world=1):
+        pass
+    claim.release()
+    assert not taken, "a worker that looks now would take it for a run"
+
+
 def test_a_run_that_begins_while_a_worker_is_between_two_parts_is_seen(tars, tmp_path, monkeypatch):
     out, taken, claims = tmp_path / "out", [], []
     place = Folder(out, lease_s=60.0)
