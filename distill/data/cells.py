@@ -60,8 +60,8 @@ def scale(text: str) -> float | None:
     return None
 
 
-OF_DISPARITY = re.compile(r"[\w)\].]\s*/\s*\(?\s*d(?:isp|\b)", re.IGNORECASE)
-"""Part of a formula that divides by disparity."""
+OF_DISPARITY = re.compile(r"[\w)\].]\s*/\s*\(?\s*(?:disp|(?<!\bn/)d\b)", re.IGNORECASE)
+"""Part of a formula that divides by disparity; n/d is "not available" in several languages."""
 _SHEET_ERROR = re.compile(r"#[\w/]+[!?]?|err:\d+|#+")
 
 
@@ -75,8 +75,8 @@ def invalid(text: str) -> tuple[float, tuple[float, ...]]:
         )
     if mask := _FILE.search(text):
         raise ValueError(f"invalid {text!r}: {mask[0]} is a file, but no masks are read: store 0 there instead")
-    unit = re.search(rf">=?\s*{NUMBER}\s*{_LENGTH}\b", text) or re.fullmatch(rf"\s*{NUMBER}\s*{_LENGTH}\s*", text)
-    if unit:
+    unit = re.search(rf">=?\s*{NUMBER}\s*{_LENGTH}\b", text)
+    if unit := unit or re.fullmatch(rf"\s*(?=\S*[1-9]){NUMBER}\s*{_LENGTH}\s*", text):  # 0 is the same in any unit
         raise ValueError(f"invalid {text!r}: {unit[0]} has a unit, but values are compared as they are stored")
     if upper_bound := re.search(rf"<=?\s*({NUMBER})", text):
         if float(upper_bound[1]) > 0:

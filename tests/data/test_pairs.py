@@ -322,6 +322,10 @@ def test_a_formula_of_disparity_that_is_not_understood_makes_no_depth(tmp_path, 
     assert one(tmp_path, "700*.2/disp", "0", "depth").baseline == pytest.approx(140)
 
 
+def test_cells_that_say_nothing_are_no_formula_and_no_unit(tmp_path):
+    assert one(tmp_path, "n/d", "0 m").kind is Kind.SCALE_DEPTH
+
+
 def test_metric_is_no_scale(tmp_path):
     with pytest.raises(ValueError, match="'metric' is not a number"):
         one(tmp_path, "metric")
