@@ -5,9 +5,11 @@ Its reading processes ignore both (training.loading): a terminal, and some sched
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -25,10 +27,11 @@ class StopNotice:
 
     At the end of the block the signal is delivered, to whatever handled it before; an error of the block is raised in
     its place. One that comes SAME_S after the first is delivered at once. Outside the main thread, where Python handles
-    no signals, it holds back nothing.
+    no signals, it holds back nothing. tell: called with a message for the user when the first one comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[str], object] | None = None) -> None:
+        self._tell = tell
         self._before: dict[int, Any] = {}
         self._number: int | None = None
         self._since = 0.0
@@ -57,6 +60,9 @@ class StopNotice:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._number is None:
             self._number, self._since = number, time.monotonic()
+            if self._tell:
+                with contextlib.suppress(RuntimeError):  # the signal came while this process was writing a line
+                    self._tell("stopping after this step and a checkpoint; once more: at once")
         elif time.monotonic() - self._since >= SAME_S:
             self._restore()
             signal.raise_signal(number)

@@ -119,7 +119,7 @@ def train(
             open_trackers(accelerator, settings, name=out.name, step=run.step)
             micros = _micros(run, dataset, batches.after(run.step), collate)
             # Closed here, because a stored traceback would otherwise keep it and its worker processes alive.
-            with contextlib.closing(micros), StopNotice() as notice:
+            with contextlib.closing(micros), StopNotice(tell if run.processes.main else None) as notice:
                 run.told_to_stop = lambda: notice.given
                 _loop(run, micros, HeldOutSamples(dataset if heldout is None else heldout, validation, collate), report)
                 _obey(run, tell)
@@ -230,7 +230,7 @@ def _obey(run: TrainingRun, tell: Callable[[str], object] | None) -> None:
     if not _is_over(run):
         run.processes.wait()
         if tell and run.processes.main:
-            tell(f"told to stop: a checkpoint of step {run.step} is written")
+            tell(f"a checkpoint of step {run.step} is written")
         raise Stopped
 
 

@@ -108,7 +108,7 @@ def stop(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
             outcome = lab.call("train", "r.toml", signal_after=after, number=signal.SIGINT)
             late = outcome.rc == 130 and outcome.seconds - after > STOP_S
             kind = "hang" if late else outcome.kind if outcome.kind in ("accepted", "told") else "traceback"
-            saved = "told to stop" in outcome.said
+            saved = "is written" in outcome.said
             counts.add(kind, "with a checkpoint" if saved else "before or after the steps", outcome.said)
         outcome = lab.call("train", "r.toml")
         if outcome.rc:
