@@ -20,7 +20,7 @@ MOST_NAMES = 1_000_000
 
 
 def expand(pattern: str) -> list[str]:
-    """Expand `sa_{000..017}.tar` to every name and `{a,b}` to both; braces may be nested and repeated.
+    """Expand `sa_{000..017}.tar` to every name and `{a,b}` to both, each once; braces may be nested and repeated.
 
     Raises ValueError for a pattern of more than MOST_NAMES names, before they are all in memory, and for a range that
     counts down.
@@ -28,7 +28,7 @@ def expand(pattern: str) -> list[str]:
     names = list(islice(_expanded(pattern), MOST_NAMES + 1))
     if len(names) > MOST_NAMES:
         raise ValueError(f"{pattern}: expands to more than {MOST_NAMES:,} names; use a narrower pattern")
-    return names
+    return list(dict.fromkeys(names))  # the inner of nested braces are expanded first, once for each outer name
 
 
 def _expanded(pattern: str) -> Iterator[str]:

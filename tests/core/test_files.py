@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +62,9 @@ def test_every_write_reaches_the_disk_with_its_folder(tmp_path, monkeypatch):
     with files.writing(tmp_path / "c", durable=False) as new:
         new.write_text("")
     assert synced == [] and (tmp_path / "c").is_file()
+    files.write_json(tmp_path / "d", {}, suffix=".7")
+    assert files.write_new(tmp_path / "e", b"", suffix=".7")
+    assert synced == [".d.partial.7", tmp_path.name, ".e.partial.7", tmp_path.name]
 
 
 @pytest.mark.parametrize("at", ["open", "fsync", "replace"])
@@ -95,6 +100,8 @@ def test_the_folder_above_and_the_file_within_are_named(tmp_path):
         (tmp_path / "elsewhere").read_text()  # somebody else's trouble
     with pytest.raises(OSError, match="^a sentence of its own$"), files.writing_folder(tmp_path / "a"):
         raise OSError("a sentence of its own")
+    unnumbered = files.write_error(tmp_path / "a", OSError("12 requested and 8 written"))
+    assert (unnumbered.errno, unnumbered.strerror) == (errno.EIO, "12 requested and 8 written")
 
 
 def test_a_folder_takes_the_place_of_another_and_what_a_kill_left_goes(tmp_path):
@@ -107,6 +114,7 @@ def test_a_folder_takes_the_place_of_another_and_what_a_kill_left_goes(tmp_path)
     with files.writing_folder(tmp_path / "s") as new:
         (new / "after").write_text("")
     assert names(tmp_path) == ["s"] and names(tmp_path / "s") == ["after"]
+    (tmp_path / ".s.old").mkdir()  # of a kill after both renames
     with pytest.raises(RuntimeError), files.writing_folder(tmp_path / "s") as new:
         raise RuntimeError
     assert names(tmp_path) == ["s"] and names(tmp_path / "s") == ["after"]
@@ -140,8 +148,11 @@ def test_the_name_that_was_meant():
 
 def test_a_lock_is_held_once_and_goes_with_its_process(tmp_path):
     path = tmp_path / ".lock"
+    path.write_text("a process that was killed")
     lock = files.take_lock(path)
     assert lock is not None and files.take_lock(path) is None
+    lock.write("me")
+    assert path.read_text() == "me"
     lock.release()
     assert names(tmp_path) == []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -160,13 +171,39 @@ def test_a_lock_is_held_once_and_goes_with_its_process(tmp_path):
     lock.release()
 
 
-def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch):
+def test_a_forked_child_leaves_its_parent_s_lock_and_a_full_disk_only_its_text(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lock = files.take_lock(tmp_path / "l")
+    monkeypatch.setattr(lock, "_file", SimpleNamespace(truncate=full))
+    lock.write("me")
+    monkeypatch.undo()
+    files._close_inherited()  # as in the child
+    lock.release()
+    assert names(tmp_path) == ["l"]
+
+
+def test_lines_are_appended_by_one_process_at_a_time(tmp_path):
+    path = tmp_path / "new" / "a.jsonl"
+    with pytest.raises(RuntimeError), files.only_writer(path):
+        with files.only_writer(path.with_name("b.jsonl")):
+            pass
+        with pytest.raises(OSError, match="another process writes it") as caught, files.only_writer(path):
+            pass
+        assert caught.value.filename == str(path)
+        raise RuntimeError
+    assert names(path.parent) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch, number):
     def none(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, "No locks available")
 
     monkeypatch.setattr(files.fcntl, "flock", none)
     first, second = files.take_lock(tmp_path / "l"), files.take_lock(tmp_path / "l")
-    assert first is not None and second is not None
+    assert first is not None and second is not None and not files.is_locked(tmp_path / "l")
     first.release()
     second.release()
 
@@ -174,6 +211,7 @@ def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 def test_text_as_people_save_it(encoding):
     assert files.decoded("a\u00e9".encode(encoding)) == "a\u00e9"
+    assert files.decoded(codecs.BOM_UTF16_BE + "a\u00e9".encode("utf-16-be")) == "a\u00e9"
 
 
 def test_a_lock_of_a_file_that_its_holder_has_just_removed_is_no_lock(tmp_path, monkeypatch):
@@ -251,8 +289,10 @@ def test_a_folder_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch
     files.make_folder(tmp_path / "a")
     assert gone and (tmp_path / "a").is_dir()
     (tmp_path / "b").touch()
-    with pytest.raises(FileExistsError):
-        files.make_folder(tmp_path / "b")
+    (tmp_path / "c").symlink_to(tmp_path / "nowhere")
+    for taken in ("b", "c"):
+        with pytest.raises(FileExistsError):
+            files.make_folder(tmp_path / taken)
 
 
 def test_what_is_synced_is_closed(tmp_path, monkeypatch):
@@ -269,13 +309,23 @@ def test_a_disk_that_cannot_lock_is_no_other_holder(tmp_path, monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", broken)
     with pytest.raises(OSError, match="Input/output"):
         files.take_lock(tmp_path / "l")
+    with pytest.raises(OSError, match="Input/output"):
+        files.is_locked(tmp_path / "l")
 
 
 def test_a_folder_that_links_to_itself_is_listed_once(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("")
     (tmp_path / "a" / "again").symlink_to(tmp_path)
-    assert files.files_below(tmp_path) == [tmp_path / "a" / "x"]
+    for name in ("c", "b", "a.b"):
+        (tmp_path / name).write_text("")
+    assert files.files_below(tmp_path) == [tmp_path / name for name in ("a/x", "a.b", "b", "c")]
+
+
+@pytest.mark.parametrize("name", ["", ".", "./", "a\0b"])
+def test_names_of_no_file(name, tmp_path):
+    with pytest.raises(ValueError, match="since it is no file's name"):
+        files.inside(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["C:\\x", "c:x", "a\\..\\b", "..", "/x", "\\x", "a/../b"])

@@ -8,9 +8,10 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from distill.data import hdr
+from distill.data import cicp, hdr
 from distill.data.photos import decode
 
 PAPER = {hdr.PQ: 0.5807, hdr.HLG: 0.75}
@@ -59,9 +60,13 @@ def test_colours_keep_their_order_transparency_and_turn():
     rgb = decode(data[:33] + turned + data[33:])
     assert rgb.shape == (3, 32, 24)
     assert (rgb[:, :16] == 255).all() and rgb[0, 20, 0] > 100 > rgb[1:, 20, 0].max()
+    codes[:, :16, 3] = 52428
+    mixed = decode(png(codes, hdr.WIDE, hdr.PQ)).int()
+    assert torch.equal(mixed[:, :, 0], ((4 * mixed[:, :, 20] + 255) / 5 + 0.5).floor().int()), "four fifths opaque"
 
 
 def test_other_numbers_change_nothing():
+    assert (hdr.PQ, hdr.HLG, hdr.WIDE, hdr.P3) == (16, 18, 9, 12), "of ITU-T H.273"
     codes = np.arange(24 * 32 * 3, dtype=np.uint16).reshape(24, 32, 3) * 20
     plain = decode(cv2.imencode(".png", codes)[1].tobytes())
     assert (decode(png(codes, 1, 13)) == plain).all()
@@ -92,3 +97,47 @@ def test_a_colour_is_the_same_in_any_primaries(primaries):
     codes = np.broadcast_to(np.round(signal[::-1] * 65535).astype(np.uint16), (24, 32, 3)).copy()
     shown = decode(png(codes, primaries, hdr.PQ)).numpy().reshape(3, -1)[:, 0]
     assert shown == pytest.approx(255 * (1.055 * light ** (1 / 2.4) - 0.055), abs=1.5)
+
+
+def box(name: bytes, body: bytes, *, how: str = "") -> bytes:
+    if how == "long":
+        return (1).to_bytes(4, "big") + name + (len(body) + 16).to_bytes(8, "big") + body
+    return (0 if how == "to the end" else len(body) + 8).to_bytes(4, "big") + name + body
+
+
+def colour_box(primaries: int, transfer: int) -> bytes:
+    return box(b"colr", b"nclx" + bytes([0, primaries, 0, transfer, 0, 9, 0x80]))
+
+
+def avif_headers(
+    *, item: int = 1, wide: bool = False, long: bool = False, how: str = "", own: tuple[int, ...] = (2, 4), icc=b"prof"
+) -> bytes:
+    """The boxes of an AVIF whose picture `item` has the stored properties `own`, beside another item's."""
+    pixi, av1c = (box(name, body) for name, body in ((b"pixi", b"\0\0\0\0\1\x0c"), (b"av1C", b"\x81\0\x40\0")))
+    stored = [colour_box(1, 13), colour_box(9, 16), box(b"colr", icc + b"x" * 8), pixi, av1c]
+    table = bytes([long, 0, 0, wide]) + (2).to_bytes(4, "big")
+    for number, indices in ((item - 1, (1,)), (item, own)):
+        marked = b"".join((i | (0x8000 if wide else 0x80)).to_bytes(1 + wide, "big") for i in indices)  # essential
+        table += number.to_bytes(4 if long else 2, "big") + bytes([len(indices)]) + marked
+    pitm = box(b"pitm", bytes([long, 0, 0, 0]) + item.to_bytes(4 if long else 2, "big"))
+    iprp = box(b"iprp", box(b"ipco", b"".join(stored)) + box(b"ipma", table), how=how)
+    return box(b"ftyp", b"avif") + box(b"meta", bytes(4) + pitm + iprp, how=how)
+
+
+@pytest.mark.parametrize(
+    ("given", "coding"),
+    [
+        ({}, (9, 16, 12)),
+        ({"wide": True}, (9, 16, 12)),
+        ({"long": True, "item": 70_000}, (9, 16, 12)),
+        ({"how": "long"}, (9, 16, 12)),
+        ({"how": "to the end"}, (9, 16, 12)),
+        ({"own": (2, 5)}, (9, 16, 10)),  # no pixi: the depth is in the codec's configuration
+        ({"own": (1, 4)}, (1, 13, 12)),
+        ({"own": (2, 3, 4)}, None),  # an ICC profile takes precedence
+        ({"own": (2, 3, 4), "icc": b"rICC"}, None),
+        ({"own": (4,)}, None),
+    ],
+)
+def test_the_numbers_of_an_avif_are_those_of_its_picture(given, coding):
+    assert cicp._avif_coding(avif_headers(**given)) == coding

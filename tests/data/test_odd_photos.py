@@ -278,6 +278,7 @@ def test_a_photo_in_high_dynamic_range_is_no_pale_one():
     [
         (encoded().replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "a JPEG of 12 bits per sample.*convert it"),
         (b"\xff\xd8\xff\xf7\0\x0b\x08\0\x10\0\x10\1\1\x11\0" + bytes(9), "JPEG-LS.*convert it"),
+        (encoded().replace(b"\xff\xc0\0\x11\x08\0\x18", b"\xff\xc0\0\x11\x08\0\0"), "a height of 0.*convert it"),
         (b"\xff\x0a" + bytes(40), "JPEG XL: convert it"),
         (b"\0\0\0\x18ftypisom" + bytes(40), "a video .MP4.: give it a video's suffix"),
         (b"PK\3\4" + bytes(40), "a zip archive: unpack it"),
@@ -309,12 +310,12 @@ def test_a_png_that_went_through_text_is_said(change, said):
         decode_map(data, "d.png")
 
 
-@pytest.mark.parametrize("kind", [b"P4", b"P5", b"P6"])
-def test_a_header_with_the_line_ends_of_windows_shifts_no_pixel(kind):
+@pytest.mark.parametrize(("kind", "top"), [(b"P4", b""), (b"P5", b"255"), (b"P6", b"255"), (b"P5", b"65535")])
+def test_a_header_with_the_line_ends_of_windows_shifts_no_pixel(kind, top):
     width, height = 16, 6
-    samples = {b"P4": width // 8, b"P5": width, b"P6": 3 * width}[kind] * height
+    samples = {b"P4": width // 8, b"P5": width, b"P6": 3 * width}[kind] * height * (2 if len(top) > 3 else 1)
     pixels = np.random.default_rng(0).integers(0, 256, samples, dtype=np.uint8).tobytes()
-    lines = [kind, b"16 6", *([] if kind == b"P4" else [b"255"])]
+    lines = [kind, b"16 6", *([top] if top else [])]
     plain, windows = (end.join([*lines, b""]) + pixels for end in (b"\n", b"\r\n"))
     assert (decode(windows) == decode(plain)).all()
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import pickle
 import re
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from distill.data import sources
+from distill.data import sources, storage
 from tests.data.pictures import encoded, noise, pack, picture
 
 
@@ -84,3 +86,34 @@ def test_a_tar_behind_http_is_read_by_ranges(tmp_path, served):
     scan = shard.scan()
     assert Ranges.sent < path.stat().st_size * 0.7, "listing it does not fetch it"
     same_scan(scan, sources.tars(path)[0].scan())
+
+
+def test_a_file_system_that_lacks_its_package_or_its_host_names_the_address(monkeypatch):
+    core = pytest.importorskip("fsspec.core")
+
+    def lacks(url):
+        raise ImportError("Install s3fs to access S3")
+
+    def offline(_):
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    monkeypatch.setattr(core, "url_to_fs", lacks)
+    with pytest.raises(ValueError, match=r"^s3://b/sa_0.tar cannot be opened: Install s3fs"):
+        storage.find_urls(["s3://b/sa_{0,1}.tar"], "tar")
+    monkeypatch.setattr(core, "url_to_fs", lambda url: (SimpleNamespace(exists=offline), url.partition("://")[2]))
+    with pytest.raises(OSError, match=r"^\[Errno 113\] s3://b/sa_0.tar cannot be reached"):
+        storage.find_urls(["s3://b/sa_{0,1}.tar"], "tar")
+
+
+def test_braces_expand_within_one_another_to_each_name_once_and_to_a_limit(monkeypatch):
+    names = [f"a_{name}.{end}" for name in ("b", "c08", "c09", "c10") for end in "xy"]
+    assert storage.expand("a_{b,c{08..10}}.{x,y}") == names
+    monkeypatch.setattr(storage, "MOST_NAMES", 4)
+    assert storage.expand("{1..4}") == ["1", "2", "3", "4"] and storage.expand("{3..3}") == ["3"]
+    with pytest.raises(ValueError, match="more than 4 names"):
+        storage.expand("{1..5}")
+
+
+def test_an_address_has_a_scheme_of_two_letters_at_its_start():
+    assert storage.is_url("s3://b/a.tar") and not storage.is_url(Path("s3://b/a.tar"))
+    assert not storage.is_url("C://photos/a.tar") and not storage.is_url("photos/s3://a.tar")
