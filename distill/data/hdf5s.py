@@ -69,7 +69,7 @@ def _beyond(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
     for bound, outside in ((lowest, np.less), (highest, np.greater)):
         if not bound.size:
             continue
-        if values.dtype.kind == "f":  # 0.1 as float64 is above 0.1 as float32
+        if values.dtype.kind == "f":  # 0.7 as float64 is above 0.7 as float32
             absent |= outside(values, bound.astype(values.dtype))
         else:  # bounds of stored integers are integers: others are of what those mean
             absent |= outside(packing.meant(values, notes) if bound.dtype.kind == "f" else values, bound)

@@ -28,6 +28,16 @@ def test_a_reference_page_is_the_code_s(name):
     assert page == handbook.PAGES[name](), "run: python -m distill.app.handbook"
 
 
+def test_the_pages_that_changed_are_written_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(handbook, "PAGES", {"a.md": lambda: "\u00e9\n", "b.md": lambda: "b\n"})
+    folder = tmp_path / "docs" / "reference"
+    handbook.main(folder)
+    (folder / "b.md").write_text("stale")
+    handbook.main(folder)
+    assert capsys.readouterr().out.splitlines() == [str(folder / name) for name in ("a.md", "b.md", "b.md")]
+    assert [path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())] == ["\u00e9\n", "b\n"]
+
+
 def test_a_recipe_s_headline_is_a_whole_sentence(tmp_path):
     lines = [headline(path) for path in (shipped() | shipped("study")).values()]
     assert not [line for line in lines if not line.endswith((".", ")", "?"))]

@@ -141,3 +141,13 @@ def avif_headers(
 )
 def test_the_numbers_of_an_avif_are_those_of_its_picture(given, coding):
     assert cicp._avif_coding(avif_headers(**given)) == coding
+
+
+def test_a_colour_brighter_than_the_screen_keeps_its_hue():
+    light = np.array([2.0, 1.0, 0.25])  # of paper
+    power = (light * 203 / 10_000) ** 0.1593017578125
+    signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    codes = np.round(signal * 65535).astype(np.uint16)[None, None]
+    shown = light / 2 * (1 - 0.25 * np.exp((0.75 - 2) / 0.25))
+    expected = 255 * (1.055 * shown ** (1 / 2.4) - 0.055)
+    assert hdr.to_srgb(codes, hdr.PQ, primaries=1)[0, 0] == pytest.approx(expected, abs=1.0)

@@ -261,7 +261,7 @@ def test_what_netcdf_declares_out_of_range_is_invalid(tmp_path, notes, valid):
 def test_the_ends_of_a_range_are_within_it(tmp_path):
     with pytest.importorskip("h5py").File(tmp_path / "a.nc", "w") as file:
         file["depth"] = MAP / 10
-        file["depth"].attrs["valid_range"] = np.array([0.3, 0.7])  # float64, both between two numbers of float32
+        file["depth"].attrs["valid_range"] = np.array([0.7, 1.1])  # float64: within what float32 makes of them
     assert np.isfinite(read_map(tmp_path / "a.nc")).sum() == 5
 
 
@@ -365,6 +365,24 @@ def test_a_declared_scale_is_the_callers_only_if_it_is_the_same_number():
     assert "its numbers mean stored x 0.001 by its own" in packing.conflict(stored, 0.00101)
     for notes in ({"add_offset": np.inf}, {"scale_factor": np.nan}, {"scale_factor": "metres"}):  # say nothing
         assert packing.conflict(packing.by_netcdf(np.ones((2, 3)), notes), 1.0) == ""
+
+
+@pytest.mark.parametrize(
+    ("unit", "metres"),
+    [(" Feet.", 0.3048), ("inches", 0.0254), ("dm", 0.1), ("um", 1e-6), ("km", 1000), (np.array([b"cm"]), 0.01)],
+)
+def test_a_declared_unit_is_that_of_the_offset_too(unit, metres):
+    stored = packing.by_netcdf(np.ones((2, 3)), {"scale_factor": 2.0, "add_offset": -3.0, "units": unit})
+    assert (stored.factor, stored.offset) == pytest.approx((2 * metres, -3 * metres))
+    assert f"{2 * metres:g} - {3 * metres:g} (it is in {stored.unit})" in packing.conflict(stored, None)
+    assert packing.meant(np.array([4]), {"scale_factor": 2.0, "add_offset": -3.0}).tolist() == [5.0]
+
+
+def test_a_file_of_many_maps_that_cannot_be_read_is_named(tmp_path):
+    pytest.importorskip("h5py")
+    (tmp_path / "maps.mat").write_bytes(b"not HDF5")
+    with pytest.raises(OSError, match=r"maps.mat is not a readable .mat of version 7.3 .*; download it again"):
+        hdf5s.open_hdf5(tmp_path / "maps.mat")
 
 
 def test_whole_numbers_with_gaps_keep_all_their_digits():
