@@ -90,6 +90,24 @@ def test_float16_keeps_what_overflows_and_halves_the_rest(tmp_path):
     assert weights["w0:half"] == short and "w0" not in weights
 
 
+def test_what_nears_the_largest_of_float16_stays_float32_and_so_do_a_resizes_scales(tmp_path):
+    net = graph(
+        [
+            ("Mul", ["images", "much"], "near", {}),
+            ("Mul", ["images", "less"], "far", {}),
+            ("Resize", ["far", "", "scales"], "resized", {"mode": "nearest"}),
+            ("Gather", ["resized", "first"], "disparity", {"axis": 1}),
+        ],
+        {
+            "much": np.float32(17_000), "less": np.float32(16_000), "scales": np.array([1, 1, 2, 2], np.float32),
+            "first": np.int64(0),
+        },
+    )  # fmt: skip
+    half = onnx_precision.to_float16(net, [torch.ones(1, 3, 4, 4)])
+    assert kinds(half)["near"] == onnx.TensorProto.FLOAT and kinds(half)["far"] == onnx.TensorProto.FLOAT16
+    assert run(half, tmp_path, torch.ones(1, 3, 4, 4)).tolist() == [[[16_000.0] * 8] * 8]
+
+
 def test_what_is_nan_inside_stays_float32():
     """max(0, NaN) is 0, by which a tensor that holds NaN would look small enough for float16."""
     net = graph(
@@ -188,6 +206,12 @@ def test_the_size_rule_in_the_graph_is_that_of_predict(tmp_path, height, width):
     # The "network" is the first channel at its own size.
     model = graph([("Gather", ["images", "first"], "disparity", {"axis": 1})], {"first": np.int64(0)})
     onnx_form.with_resize(model, student)
+    sides = [
+        d.dim_param or d.dim_value
+        for v in (*model.graph.input, *model.graph.output)
+        for d in v.type.tensor_type.shape.dim
+    ]
+    assert sides == ["height", "width", 3, "height", "width"]
     photo = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     found = run(model, tmp_path, photo.permute(1, 2, 0).contiguous())
     sized = crops.resize(photo[None].float() / 255, *crops.native_shape(height, width, 56, student.encoder.patch_size))
