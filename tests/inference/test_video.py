@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from distill.data import hdr
 from distill.data.photos import BadImageError
@@ -118,6 +120,7 @@ def test_a_trimmed_film_is_what_players_show(tmp_path):
     length = int.from_bytes(data[old + 12 : old + 16], "big")
     data[old + 12 : old + 16] = (length // 2).to_bytes(4, "big")
     (tmp_path / "v.mp4").write_bytes(data)
+    assert video.Film(tmp_path / "v.mp4").total == 6
     assert call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o") == (1, 0, [])
     count = len(names(tmp_path / "o" / "v"))
     assert 6 <= count <= 7
@@ -175,6 +178,39 @@ def test_a_whole_film_is_whole_at_any_rate_and_with_longer_sound(tmp_path, name)
         assert len(list(shown)) == len(times) and not shown.problem
 
 
+@pytest.mark.parametrize("name", ["v.mkv", "v.mp4", "v.flv"])
+def test_a_film_says_how_many_frames_to_expect(tmp_path, name):
+    shown = video.Film(film(tmp_path / name, range(0, 400, 40), codec="flv1" if name.endswith("flv") else "mpeg4"))
+    assert (shown.rate, shown.total, len(list(shown))) == (25.0, 10, 10)
+
+
+def test_frames_that_are_damaged_are_counted_but_those_before_the_first_whole_one(tmp_path):
+    shoot(tmp_path / "v.avi", 12, size=(320, 240), codec="MJPG")
+    data = bytearray((tmp_path / "v.avi").read_bytes())
+    starts = [match.start() for match in re.finditer(b"\xff\xd8\xff", data)]
+    for damaged, said in (
+        ((5, 7), "2 of its frames are damaged; 10 could be decoded"),
+        ((0,), "2 of its frames are damaged; 9 could be decoded"),
+    ):
+        for i in damaged:
+            data[starts[i] : starts[i] + 600] = bytes(600)
+        (tmp_path / "v.avi").write_bytes(data)
+        shown = video.Film(tmp_path / "v.avi")
+        assert len(list(shown)) == 12 - len(damaged) - (2 if 0 in damaged else 0) and shown.problem == said
+
+
+def test_the_cover_of_a_song_is_no_film(tmp_path):
+    with av.open(str(tmp_path / "v.mp4"), "w") as out:
+        cover, audio = out.add_stream("mjpeg", rate=1), out.add_stream("aac", rate=8000)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 32, 24, "yuvj420p", Disposition.attached_pic
+        out.mux([*cover.encode(av.VideoFrame(32, 24, "yuvj420p")), *cover.encode(None)])
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 8000
+        out.mux([*audio.encode(silence), *audio.encode(None)])
+    with pytest.raises(BadImageError, match="no video in it"):
+        video.Film(tmp_path / "v.mp4")
+
+
 @pytest.mark.parametrize("name", ["v.mkv", "v.flv"])
 def test_a_cut_film_is_not_whole(tmp_path, name):
     path = film(tmp_path / name, range(0, 900, 100), codec="flv1" if name.endswith("flv") else "mpeg4")
@@ -201,8 +237,9 @@ def test_a_film_that_is_cut_inside_its_first_frame_is_told_as_cut(tmp_path, opti
 
 
 def test_oblong_pixels_and_a_change_of_size_are_shown_as_players_do(tmp_path):
-    (shown,) = list(video.Film(film(tmp_path / "v.mp4", [0], aspect=Fraction(4, 3))))
-    assert shown.shape == (24, 43, 3)
+    for aspect, shape in ((Fraction(4, 3), (24, 43, 3)), (Fraction(3, 4), (32, 32, 3)), (Fraction(100), (24, 32, 3))):
+        (shown,) = list(video.Film(film(tmp_path / "v.mp4", [0], aspect=aspect)))
+        assert shown.shape == shape
     parts = [film(tmp_path / f"{w}.ts", [0, 40, 80], sides=(w, 32), codec="mpeg2video").read_bytes() for w in (32, 48)]
     (tmp_path / "both.ts").write_bytes(b"".join(parts))
     assert {frame.shape for frame in video.Film(tmp_path / "both.ts")} == {(32, 32, 3)}
@@ -213,14 +250,17 @@ def test_a_film_in_high_dynamic_range_is_shown_in_the_range_of_screens(tmp_path,
     with av.open(str(tmp_path / "v.mkv"), "w") as out:
         stream = out.add_stream("ffv1", rate=25)
         stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv444p10le"
-        stream.codec_context.color_trc, stream.codec_context.color_primaries = transfer, hdr.WIDE
+        stream.codec_context.color_trc, stream.codec_context.color_primaries = transfer, hdr.P3
         grey = np.full((24, 32, 3), round(code * 65535), np.uint16)
+        grey[12:] = 40000, 25000, 15000
         frame = av.VideoFrame.from_ndarray(grey, format="rgb48le").reformat(format="yuv444p10le")
-        frame.color_trc, frame.color_primaries = transfer, hdr.WIDE
+        frame.color_trc, frame.color_primaries = transfer, hdr.P3
         out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     (shown,) = list(video.Film(tmp_path / "v.mkv"))
-    assert shown.dtype == np.uint8 and np.abs(shown.astype(int) - paper).max() <= 2
+    assert shown.dtype == np.uint8 and np.abs(shown[:11].astype(int) - paper).max() <= 2
+    colour = hdr.to_srgb(grey[-1:, :1], transfer, primaries=hdr.P3) if transfer != 2 else grey[-1, 0] / 257
+    assert np.abs(shown[-1] - np.asarray(colour, float)).max() <= 3
 
 
 def test_a_film_without_its_index_is_told_as_cut_and_a_picture_as_one(tmp_path):
@@ -278,6 +318,28 @@ def test_frames_wider_than_the_format_are_written_smaller(tmp_path):
     assert next(iter(video.Film(tmp_path / "v.mp4"))).shape == (4, 4100, 3)
 
 
+def test_a_film_that_is_written_has_its_colours_and_even_sides(tmp_path, monkeypatch):
+    with video.writer(tmp_path / "v.mp4") as write:
+        write(np.full((31, 41, 3), (200, 60, 20), np.uint8), 10)
+    shown = next(iter(video.Film(tmp_path / "v.mp4")))
+    assert shown.shape == (32, 42, 3) and np.abs(shown.astype(int) - (200, 60, 20)).max() <= 8, "no black edge"
+
+    class Closed:
+        fourcc, release = staticmethod(lambda *_: 0), staticmethod(lambda: None)
+
+        def __init__(self, *_):
+            pass
+
+        def isOpened(self):  # noqa: N802  (OpenCV's name)
+            return False
+
+    monkeypatch.setattr(video.cv2, "VideoWriter", Closed)
+    with pytest.raises(OSError, match=r"cannot write .*w.mp4: OpenCV cannot write this video"):
+        with video.writer(tmp_path / "w.mp4") as write:
+            write(np.zeros((8, 8, 3), np.uint8), 10)
+    assert not (tmp_path / "w.mp4").exists()
+
+
 @pytest.mark.parametrize("turned", [0, 90])
 def test_an_interlaced_film_has_no_combs(tmp_path, turned):
     with av.open(str(tmp_path / "v.mp4"), "w") as out:
@@ -300,7 +362,9 @@ def test_an_interlaced_film_has_no_combs(tmp_path, turned):
     assert np.abs(np.diff(rows, axis=0)).mean() < 1, "every second row is of another moment"
 
 
-@pytest.mark.parametrize(("profile", "compatible", "read"), [(5, 0, False), (8, 4, True), (10, 0, False)])
+@pytest.mark.parametrize(
+    ("profile", "compatible", "read"), [(5, 0, False), (8, 4, True), (10, 0, False), (10, 1, True)]
+)
 def test_dolby_vision_without_a_picture_for_others_is_refused(tmp_path, profile, compatible, read):
     record = bytes([1, 0, profile << 1, 0x35, compatible << 4])
     shoot(tmp_path / "v.mp4", 3)

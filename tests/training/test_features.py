@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -94,19 +95,25 @@ def test_a_decoder_learns_the_same_from_stored_features(tmp_path, monkeypatch):
 
 
 def test_a_tar_that_is_missing_is_computed_again_and_what_float16_cannot_hold_is_refused(tmp_path):
-    def write(scale: float = 1.0) -> FeatureStore:
+    told = []
+
+    def write(scale: float = 1.0, token_scale: float = 1.0) -> FeatureStore:
         def encode(images):
-            level = (scale * images[:, :, :2, :2], images.mean((2, 3)))
+            level = (scale * images[:, :, :2, :2], token_scale * images.mean((2, 3)))
             return [level] * 4
 
         region = torch.full((3, 4, 4), 255, dtype=torch.uint8)
-        write_features(tmp_path, ["a", "b"], lambda index: region, encode, mirrored=False, facts={})
+        options = {"mirrored": False, "facts": {}, "report": lambda *at: told.append(at)}
+        write_features(tmp_path, ["a", "b"], lambda index: region, encode, **options)
         return FeatureStore(tmp_path)
 
-    with pytest.raises(ValueError, match="features of a or one beside it do not fit into 16 bits"):
-        write(1e6)
-    assert not list(tmp_path.glob("*.tar"))
-    write()
+    for scales in ((1e6, 1.0), (1.0, 1e6)):
+        with pytest.raises(ValueError, match="features of a or one beside it do not fit into 16 bits"):
+            write(*scales)
+    assert not list(tmp_path.glob("*.tar")) and not told
+    with pytest.raises(FileNotFoundError, match="has no finished features: train again, which goes on with them"):
+        FeatureStore(tmp_path)
+    assert sorted(write().places) == ["a", "b"] and told == [(2, 2)], "no mirror images, which nobody asked for"
     (tmp_path / "features_00000.tar").unlink()  # as a kill between a json and its tar leaves it
     assert write().get("b")[0][0].shape == (3, 2, 2)
 
@@ -124,6 +131,10 @@ def test_many_tars_need_few_open_files_and_damage_has_its_own_remedy(tmp_path, m
     (tmp_path / "features_00001.tar").write_bytes(b"x" * (tmp_path / "features_00001.tar").stat().st_size)
     with pytest.raises(OSError, match=r"features_00001.tar:b is damaged \(.*\); delete its folder: the next training"):
         FeatureStore(tmp_path).get("b")
+    path = tmp_path / "features_00002.tar"
+    path.write_bytes(path.read_bytes().replace(b"\x93NUMPY", b"\x93DUMMY"))
+    with pytest.raises(OSError, match=f"^{re.escape(str(path))}:c is damaged"):
+        FeatureStore(tmp_path).get("c")
 
 
 def test_augmentation_that_changes_what_the_encoder_sees_forbids_it():

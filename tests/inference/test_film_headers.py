@@ -1,0 +1,54 @@
+"""What the first bytes of a film tell: how long it is, whether it is cut, and whether it is a film at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill.inference import video
+
+MATROSKA, SEGMENT = b"\x1a\x45\xdf\xa3\x80", b"\x18\x53\x80\x67"
+ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365") + bytes(24)
+FLV = b"FLV\1\5\0\0\0\x09" + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("data", "truncated"),
+    [
+        (MATROSKA + SEGMENT + b"\x8a" + bytes(10), False),
+        (MATROSKA + SEGMENT + b"\x8a" + bytes(9), True),
+        (MATROSKA + SEGMENT + b"\1" + b"\xff" * 7 + bytes(9), False),  # a live recording: of unknown length
+        (b"RIFF" + (20).to_bytes(4, "little") + bytes(20), False),
+        (b"RIFF" + (20).to_bytes(4, "little") + bytes(16), True),
+        (bytes(30) + ASF + (90).to_bytes(8, "little") + bytes(12), False),
+        (bytes(30) + ASF + (91).to_bytes(8, "little") + bytes(12), True),
+        *((FLV + bytes([kind]) + bytes(14) + (15).to_bytes(4, "big"), kind == 7) for kind in (7, 8, 9, 18)),
+        (FLV + bytes([9]) + bytes(4) + (5).to_bytes(4, "big"), True),  # shorter than any tag
+        (b"\0\0\0\x08ftyp", False),
+    ],
+)
+def test_a_header_tells_how_long_a_film_is(tmp_path, data, truncated):
+    (tmp_path / "v").write_bytes(data)
+    assert video._is_truncated(tmp_path / "v") is truncated
+
+
+@pytest.mark.parametrize(
+    ("data", "inside"),
+    [
+        (b"\0\0\0\x09ftyp1\0\0\0\x09mdat1", False),
+        (b"\0\0\0\x09ftyp1\0\0\0\x0amdat1", True),
+        (b"\0\0\0\x09ftyp1\0\0\0\0mdat1", False),  # to the end, however long
+        (b"\0\0\0\1mdat\0\0\0\0\0\0\0\x111", False),
+        (b"\0\0\0\1mdat\0\0\0\0\0\0\0\x121", True),
+        (b"\0\0\0\x99\xff\xfe\xfd\xfc", False),  # no box
+    ],
+)
+def test_a_film_that_ends_inside_a_box_is_cut(tmp_path, data, inside):
+    (tmp_path / "v").write_bytes(data)
+    assert video._ends_inside_box(tmp_path / "v") is inside
+
+
+def test_a_clock_is_seconds_and_a_raw_film_is_no_text(tmp_path):
+    assert video._seconds("01:02:03.500000000") == 3723.5 and video._seconds("1 h") == 0
+    (tmp_path / "a").write_bytes(b"YUV4MPEG2 W32 H24 F25:1\nFRAME\n")
+    (tmp_path / "b").touch()
+    assert video._other_format(tmp_path / "a") == "" and video._other_format(tmp_path / "b") == "empty"
