@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from distill.core.crops import generator
 from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Labels
-from distill.training import state, step
+from distill.training import parallel, state, step
 from distill.training.averages import Averages
 from distill.training.batches import MicroBatch, TaughtRows
 from distill.training.schedule import make_optimizer
@@ -132,6 +133,8 @@ def test_the_rate_is_of_all_steps_since_the_last_line(tmp_path, monkeypatch):
             assert line["images_per_s"] * line["seconds"] == pytest.approx(8)
             assert line["seconds"] == pytest.approx((run.seconds - before) / 3)
             before = run.seconds
+    run.seconds, run.waited, run.steps_here = run.seconds + 3.0, run.waited + 2.0, run.steps_here + 2
+    assert run.since(1.0, 0.5) == pytest.approx((3.0, 2.0, 2)) and run.since(1.0, 0.5) == (1.0, 0.5, 1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -183,6 +186,7 @@ def test_averages_follow_every_step(tmp_path):
         if run.step == 0:
             first = run.student.decoder.weight.detach().clone()
             assert torch.equal(run.ema.module.decoder.weight, first)
+    assert run.evaluated_network is run.ema.module
     assert int(run.ema.n_averaged) == 2 and not torch.equal(run.ema.module.decoder.weight, first)
 
 
@@ -198,3 +202,40 @@ def test_what_does_not_learn_holds_still(tmp_path):
     assert run.student.encoder.training and not run.student.encoder[1].training
     run = some_run(tmp_path, student=Toy(batchnorm=True), freeze_encoder=True)
     assert not run.student.encoder.training and run.student.decoder.training
+
+
+def test_a_student_is_made_ready_as_the_settings_say():
+    def ready(student=None, *, processes=1, **given):
+        student = student or Toy(batchnorm=True)
+        state.make_ready(student, settings(**given), device=torch.device("cpu"), processes=processes)
+        return student
+
+    frozen = ready(freeze_encoder=True)
+    assert not any(p.requires_grad for p in frozen.encoder.parameters()) and frozen.decoder.weight.requires_grad
+    for wanted in (False, True):
+        weight = ready(channels_last=wanted).decoder.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) is wanted
+    with pytest.raises(ValueError, match="gradient_checkpointing: no part of this student supports it"):
+        ready(gradient_checkpointing=True)
+    assert type(ready(batchnorm="sync").encoder[1]) is nn.BatchNorm2d, "one process has nobody to share with"
+    with pytest.raises(ValueError, match='batchnorm = "sync" needs CUDA'):
+        ready(batchnorm="sync", processes=2)
+
+
+def test_a_reference_holds_still_in_a_run(tmp_path):
+    asked, reference = settings(), nn.Sequential(nn.Conv2d(3, 2, 1), nn.Dropout())
+    accelerator = parallel.accelerator_of(Toy(), asked, tmp_path, device="cpu")
+    given = {"objective": plain, "reference": reference, "out": tmp_path, "save_student": lambda *given: None}
+    run = parallel.new_run(Toy(), accelerator, asked, **given)
+    assert run.reference is reference and not any(part.training for part in reference.modules())
+    assert not reference[0].weight.requires_grad and run.student.decoder.weight.requires_grad
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_operations_are_the_same_to_the_bit_only_where_that_is_asked(monkeypatch, wanted):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    with parallel.reproducible(wanted):
+        assert torch.are_deterministic_algorithms_enabled() is wanted is not torch.backends.cudnn.benchmark
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is wanted
+    assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()

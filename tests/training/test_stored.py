@@ -102,10 +102,18 @@ def test_parameters_that_no_output_depends_on_are_found():
     class Student(nn.Module):
         def __init__(self, idle: bool):
             super().__init__()
-            self.encoder, self.decoder = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 1, 1)
+            self.encoder, self.decoder = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)), nn.Conv2d(2, 1, 1)
             self.idle = nn.Linear(2, 2) if idle else None
 
         def forward(self, images):
             return self.decoder(self.encoder(images))[:, 0]
 
     assert every_parameter_learns(Student(idle=False)) and not every_parameter_learns(Student(idle=True))
+    frozen = Student(idle=True).train(False)
+    frozen.idle.requires_grad_(False)
+    assert every_parameter_learns(frozen) and not frozen.training, "nobody waits for what is frozen"
+    learning = Student(idle=False).train()
+    assert every_parameter_learns(learning) and learning.training
+    assert (learning.encoder[1].running_mean == 0).all(), "looking leaves the statistics alone"
+    learning.decoder = nn.Conv2d(5, 1, 1)
+    assert not every_parameter_learns(learning), "what cannot be run is not known"
