@@ -233,7 +233,8 @@ def test_a_reference_holds_still_in_a_run(tmp_path):
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_operations_are_the_same_to_the_bit_only_where_that_is_asked(monkeypatch, wanted):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is gone again after the test
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with parallel.reproducible(wanted):
         assert torch.are_deterministic_algorithms_enabled() is wanted is not torch.backends.cudnn.benchmark

@@ -6,18 +6,20 @@ import pytest
 import torch
 from torch import nn
 
+from distill.core import machine
 from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Batch, Labels
 from distill.shards.shards import LabelDataset, collate
 from distill.training.augment import Draw
 from distill.training.batches import Group, Item, augmented_batch
 from distill.training.label_choice import choose_patches
-from distill.training.loading import training_batches
+from distill.training.loading import StreamSamples, explain_dead_workers, heldout_batches, training_batches
 from distill.training.parallel import every_parameter_learns
 from distill.training.sampling import MicroBatchPositions, SamplePosition, make_order
 from distill.training.settings import TrainSettings
 from distill.training.stored import collate_stored, stored_batches
 from tests.labelling.formula import Formula, run, two_tars
+from tests.training import toys
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,57 @@ def test_a_step_learns_from_some_of_the_patches(labels):
     drawn = [tuple(choose_patches(2, 0, position, 5)) for position in range(40)]
     assert len(set(drawn)) > 5 and all(len(one) == 2 for one in drawn)
     assert choose_patches(2, 0, 7, 5) == list(drawn[7]) and choose_patches(4, 0, 7, 3) == [0, 1, 2]
+
+
+def test_patches_are_drawn_at_every_visit_anew_and_an_unreadable_sample_is_an_error_in_its_place():
+    seen = []
+
+    class Codes:
+        stores_codes = True
+
+        def teachers_of(self, index):
+            return ["t"]
+
+        def get(self, index, names, *, visit, patches):
+            seen.append((visit, patches(9)))
+            raise OSError(f"sample {index} is gone")
+
+    samples = StreamSamples(Codes(), toys.settings(patches_per_step=2, teacher_shares={}), training=True)
+    found = [samples[SamplePosition(position, 3)] for position in (3, 40)]
+    assert [str(error) for error in found] == ["sample 3 is gone"] * 2
+    assert seen == [(position, choose_patches(2, samples.settings.seed, position, 9)) for position in (3, 40)]
+    assert seen[0][1] != seen[1][1]
+
+
+def test_what_is_held_out_is_weighed_by_the_teachers_that_a_sample_has():
+    class Some(toys.Toys):
+        def teachers_of(self, index):
+            return self.teachers[: 1 + index % 2]
+
+    settings = toys.settings(teacher_shares={"primary": 0.6, "assistant": 0.2}, strategy="select", eval_batch_size=2)
+    options = {"collate": toys.collate, "settings": settings, "process": 0, "processes": 1}
+    [weighted] = heldout_batches(Some(), [4, 7], **options)
+    assert [(weight, micro.taught[0].teacher, len(micro.keys)) for weight, micro in weighted] == [
+        (1.0, "primary", 1), (pytest.approx(0.75), "primary", 1), (pytest.approx(0.25), "assistant", 1)
+    ]  # fmt: skip
+
+
+def test_processes_share_what_is_held_out():
+    options = {"collate": toys.collate, "settings": toys.settings(teacher_shares={}, eval_batch_size=2), "processes": 4}
+    shares = [heldout_batches(toys.Toys(teachers=1), range(5), process=process, **options) for process in range(4)]
+    keys = [[micro.keys for weighted in share for _, micro in weighted] for share in shares]
+    assert keys == [[("image0-0", "image0-1")], [("image1-2", "image1-3")], [("image2-4",)], []]
+
+
+def test_an_error_that_is_not_of_a_reading_process_is_left_alone(monkeypatch):
+    monkeypatch.setattr(machine, "shared_memory", lambda: 64_000_000)
+    with pytest.raises(RuntimeError, match="out of memory"), explain_dead_workers():
+        raise RuntimeError("CUDA out of memory")
+    with (
+        pytest.raises(OSError, match=r"64 MB are free.*; lower labels.workers \(0: no such"),
+        explain_dead_workers("labels.workers"),
+    ):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
 
 def test_parameters_that_no_output_depends_on_are_found():
