@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -53,6 +55,30 @@ def test_workers_that_ask_at_once_about_a_killed_runs_claim_are_not_told_that_it
     with run_lock(tmp_path, rank=0, world=2), pytest.raises(RunLockedError, match="is being labelled by process"):
         refuse_run(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (3, 1), (3, 10)])
+def test_a_run_is_refused_where_another_is_of_another_size_or_has_its_rank(tmp_path, rank, world):
+    claim = files.take_lock(tmp_path / ".claim-3-of-10")
+    for text, who in (("", "a process that is starting"), ("process 7 on a", "process 7 on a")):
+        claim.write(text)
+        said = f"^{re.escape(str(tmp_path))} is being labelled by {who}: wait for it, stop it"
+        with pytest.raises(RunLockedError, match=said), run_lock(tmp_path, rank=rank, world=world):
+            pass
+    claim.release()
+    with run_lock(tmp_path, rank=rank, world=world):
+        assert (
+            tmp_path / f".claim-{rank}-of-{world}"
+        ).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_where_no_lock_can_be_written_is_named(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=f"cannot write in the labels folder {re.escape(str(tmp_path))}/gone: No"
+    ):
+        with lock.mutex(tmp_path / "gone"):
+            pass
 
 
 def test_a_claim_that_is_looked_at_is_taken_all_the_same(tmp_path, monkeypatch):
