@@ -14,7 +14,6 @@ import sys
 import tarfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,12 +23,8 @@ from PIL import Image
 import distill
 from distill.app import commands
 from distill.app.cli import main
-from distill.app.recipe import parse
-from distill.app.strict import RecipeError
 from distill.eval.benchmarks import scenes
-from distill.labelling.run import LabelOutcome
 from distill.shards import shards
-from distill.shards.tables import CACHED
 from distill.students import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -285,108 +280,3 @@ def test_the_commit_needs_no_git_on_the_machine(monkeypatch):
 
     monkeypatch.setattr(commands.subprocess, "run", none)
     assert commands.commit().startswith(distill.__version__)
-
-
-def test_the_commit_is_said_where_the_code_is_a_clone(tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "__file__", str(tmp_path / "distill" / "__init__.py"))
-    monkeypatch.setattr(commands.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="v1-3-gabc-dirty\n"))
-    assert commands.commit() == distill.__version__
-    (tmp_path / ".git").mkdir()
-    assert commands.commit() == f"{distill.__version__}+v1-3-gabc-dirty"
-    monkeypatch.setattr(commands.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
-    assert commands.commit() == f"{distill.__version__}+unknown"
-
-
-def outcome_of(**given) -> LabelOutcome:
-    numbers = dict.fromkeys(("parts", "skipped", "images", "samples", "quarantined", "bytes"), 3)
-    return LabelOutcome(**({"complete": True, **numbers} | given))
-
-
-@pytest.mark.parametrize("send", [False, True])
-def test_what_labelling_made_is_said_and_sent(tmp_path, monkeypatch, capsys, send):
-    manifest = {
-        "shards": [{"samples": 4}, {"samples": 5}],
-        "quarantine": [{"origin": f"sa_{i}.jpg", "reason": "cut"} for i in range(25)],
-        "passed": {".txt": 3},
-    }
-    monkeypatch.setattr(commands.shards, "read_manifest", lambda folder: manifest)
-    sent: list = []
-    monkeypatch.setattr(commands.mirror, "publish", lambda *given, report: sent.append(given) or 7)
-    made = SimpleNamespace(labels=SimpleNamespace(meeting="", mirror="memory://m/"))
-    commands.print_label_outcome(made, tmp_path / "x", outcome_of(), send=send)
-    said = capsys.readouterr()
-    assert f"{tmp_path / 'x'}: 9 samples in 2 tars, 25 images in quarantine" in said.out
-    assert said.err.count("quarantined sa_") == 20 and "quarantined sa_19.jpg: cut" in said.err
-    assert "ignored: 3 .txt" in said.err
-    assert sent == ([(tmp_path / "x", "memory://m/")] if send else [])
-    assert ("memory://m/x: 7 files sent" in said.out) is send
-    manifest["shards"] = [{"samples": 0}]
-    with pytest.raises(ValueError, match="nothing was labelled because no image was usable"):
-        commands.print_label_outcome(made, tmp_path / "x", outcome_of(), send=False)
-    capsys.readouterr()
-    commands.print_label_outcome(made, tmp_path / "x", outcome_of(complete=False))
-    assert capsys.readouterr().out == "", "other processes of this run are not done"
-
-
-@pytest.mark.parametrize(("meeting", "place"), [("", "{folder}"), ("memory://m/", "memory://m/x")])
-def test_what_a_worker_made_is_said(tmp_path, capsys, meeting, place):
-    made = SimpleNamespace(labels=SimpleNamespace(meeting=meeting, mirror=""))
-    commands.print_label_outcome(made, tmp_path / "x", outcome_of(complete=False, last=False))
-    said = f"{place.format(folder=tmp_path / 'x')}: all parts are done; another worker is writing the manifest; 3 parts"
-    assert said in capsys.readouterr().out
-
-
-def test_workers_of_a_url_meet_at_the_folder_of_the_labels_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(commands, "Objects", lambda *given: given)
-    made = SimpleNamespace(labels=SimpleNamespace(meeting="s3://bucket/labels/"))
-    assert commands.worker_meeting(made, tmp_path / "x") == ("s3://bucket/labels/x", tmp_path / "x")
-
-
-def test_tars_that_are_kept_in_part_are_not_labelled_again(tmp_path):
-    (tmp_path / CACHED).mkdir()
-    with pytest.raises(ValueError, match=r"keeps only some tars of finished labels .* set labels.cache_gb = 0"):
-        commands._prepare(SimpleNamespace(), tmp_path, worker=False)
-
-
-def test_the_disk_holds_two_checkpoints_or_nothing_begins(monkeypatch, capsys):
-    made = parse({"run": {"name": "x"}, "train": {"keep_last": 2}})
-    monkeypatch.setattr(commands.checkpoints, "bytes_of", lambda student: 1_000_000_000)
-    for free, said in ((3_900_000_000, "has 3.90 GB free: tight for 2 checkpoints of 1.00 GB"), (4_000_000_000, "")):
-        monkeypatch.setattr(commands.machine, "free_disk", lambda folder, free=free: (free, folder))
-        commands.check_disk(made, torch.nn.Identity())
-        error = capsys.readouterr().err
-        assert said in error and bool(said) is bool(error)
-    monkeypatch.setattr(commands.machine, "free_disk", lambda folder: (1_900_000_000, folder))
-    with pytest.raises(OSError, match="has 1.90 GB free, but a checkpoint takes 1.00 GB while the previous one"):
-        commands.check_disk(made, torch.nn.Identity())
-
-
-@pytest.mark.parametrize(("kind", "larger"), [("affine_disparity", "nearer"), ("metric_depth", "farther")])
-def test_a_card_counts_images_and_forbids_what_one_origin_forbids(monkeypatch, kind, larger):
-    made = parse(
-        {
-            "run": {"name": "x"},
-            "train": {"kind": kind},
-            "student": {"max_depth": 9.0 if kind == "metric_depth" else 0.0},
-        }
-    )
-    monkeypatch.setattr(commands, "teachers_of", lambda dataset: {})
-    monkeypatch.setattr(commands, "lineage", lambda recipe, teachers: ({"images": {}}, False))
-    card = commands.student_card(made, SimpleNamespace(image_keys=["a", "a", "b"]))
-    assert card["commercial"] is False and card["images"]["count"] == 2
-    assert card["kind"] == f"{kind}, larger is {larger}"
-
-
-def test_a_demo_is_the_whole_loop_and_a_score_needs_a_benchmark(monkeypatch):
-    done: list = []
-    for name in ("label", "train", "score", "report"):
-        monkeypatch.setattr(commands, f"run_{name}", lambda recipe, name=name: done.append(name) or name)
-    assert commands.run_demo(parse({"run": {"name": "x"}})) == "report" and done == [
-        "label",
-        "train",
-        "score",
-        "report",
-    ]
-    monkeypatch.undo()
-    with pytest.raises(RecipeError, match="the recipe names no benchmarks"):
-        commands.run_score(parse({"run": {"name": "x"}}))

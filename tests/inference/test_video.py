@@ -237,7 +237,7 @@ def test_a_film_that_is_cut_inside_its_first_frame_is_told_as_cut(tmp_path, opti
 
 
 def test_oblong_pixels_and_a_change_of_size_are_shown_as_players_do(tmp_path):
-    for aspect, shape in ((Fraction(4, 3), (24, 43, 3)), (Fraction(3, 4), (32, 32, 3)), (Fraction(100), (24, 32, 3))):
+    for aspect, shape in ((Fraction(4, 3), (24, 43, 3)), (Fraction(3, 4), (32, 32, 3)), (Fraction(6), (24, 32, 3))):
         (shown,) = list(video.Film(film(tmp_path / "v.mp4", [0], aspect=aspect)))
         assert shown.shape == shape
     parts = [film(tmp_path / f"{w}.ts", [0, 40, 80], sides=(w, 32), codec="mpeg2video").read_bytes() for w in (32, 48)]

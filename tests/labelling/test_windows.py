@@ -73,6 +73,18 @@ def test_a_run_is_refused_where_another_is_of_another_size_or_has_its_rank(tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_waits_for_workers_that_live_and_for_no_others(tmp_path, monkeypatch):
+    holders = [SimpleNamespace(dead=True, pid=6, host="a")]
+    monkeypatch.setattr(lock, "FolderLeases", lambda folder: SimpleNamespace(holders=lambda: holders))
+    with run_lock(tmp_path, rank=0, world=1):
+        pass
+    holders.append(SimpleNamespace(dead=False, pid=7, host="b"))
+    with pytest.raises(RunLockedError, match="is being labelled by worker 7 on b: join it"):
+        with run_lock(tmp_path, rank=0, world=1):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_where_no_lock_can_be_written_is_named(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=f"cannot write in the labels folder {re.escape(str(tmp_path))}/gone: No"
