@@ -222,9 +222,11 @@ def test_a_student_is_made_ready_as_the_settings_say():
         ready(batchnorm="sync", processes=2)
 
 
-def test_a_reference_holds_still_in_a_run(tmp_path):
+def test_a_reference_holds_still_in_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     asked, reference = settings(), nn.Sequential(nn.Conv2d(3, 2, 1), nn.Dropout())
     accelerator = parallel.accelerator_of(Toy(), asked, tmp_path, device="cpu")
+    assert accelerator.mixed_precision == "no", "the recipe decides, not the launcher's configuration"
     given = {"objective": plain, "reference": reference, "out": tmp_path, "save_student": lambda *given: None}
     run = parallel.new_run(Toy(), accelerator, asked, **given)
     assert run.reference is reference and not any(part.training for part in reference.modules())

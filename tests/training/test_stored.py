@@ -13,7 +13,14 @@ from distill.shards.shards import LabelDataset, collate
 from distill.training.augment import Draw
 from distill.training.batches import Group, Item, augmented_batch
 from distill.training.label_choice import choose_patches
-from distill.training.loading import StreamSamples, explain_dead_workers, heldout_batches, training_batches
+from distill.training.loading import (
+    Readers,
+    StreamSamples,
+    explain_dead_workers,
+    heldout_batches,
+    readers_of,
+    training_batches,
+)
 from distill.training.parallel import every_parameter_learns
 from distill.training.sampling import MicroBatchPositions, SamplePosition, make_order
 from distill.training.settings import TrainSettings
@@ -138,6 +145,30 @@ def test_processes_share_what_is_held_out():
     shares = [heldout_batches(toys.Toys(teachers=1), range(5), process=process, **options) for process in range(4)]
     keys = [[micro.keys for weighted in share for _, micro in weighted] for share in shares]
     assert keys == [[("image0-0", "image0-1")], [("image1-2", "image1-3")], [("image2-4",)], []]
+
+
+def test_a_batch_is_measured_where_that_is_asked_and_fewer_readers_are_told(monkeypatch, caplog):
+    asked: list = []
+
+    def readers(workers, ahead, **batch):
+        asked.append((workers, batch))
+        return 1, 2, "memory is short"
+
+    monkeypatch.setattr(machine, "is_plentiful", lambda: True)
+    monkeypatch.setattr(machine, "readers", readers)
+    samples = [torch.zeros(10), torch.ones(6)]
+    assert readers_of(samples, [[0, 1]], list, 4) == Readers(4) and not asked and not caplog.text
+    assert readers_of(samples, [[0, 1]], list, 4, measured=True) == Readers(1, 2, 64)
+    assert asked == [(4, {"size": 64, "tensors": 2})] and "memory is short" in caplog.text
+    assert readers_of(samples, [[0, 1]], list, 0, measured=True) == Readers(0)
+
+
+def test_labels_that_the_settings_do_not_know_are_refused_before_anything_is_read():
+    settings = toys.settings(teacher_shares={"someone": 1.0})
+    order = make_order([0, 1], [0, 0], seed=3, weights=(), temperature=1.0)
+    positions = MicroBatchPositions(order=order, batch_size=2, accumulate=1, process=0, processes=1, steps=1)
+    with pytest.raises(LookupError, match="there are no labels by someone; the labels are by: primary, assistant"):
+        training_batches(toys.Toys(2), positions, collate=toys.collate, settings=settings)
 
 
 def test_an_error_that_is_not_of_a_reading_process_is_left_alone(monkeypatch):
