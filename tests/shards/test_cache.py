@@ -233,6 +233,20 @@ def test_damage_and_a_full_disk_are_one_line_each(made, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=rf"cannot write .*/{names[2]}: No space left on device"):
         kept.read(names[2], 0, 1)
     assert len(taken) == 3 and not list((kept.folder / ".cached").iterdir())
+    plain, fell = system.cat_file, []
+
+    def reset_once(self, *given, **options):
+        if not fell:
+            fell.append(OSError(errno.ECONNRESET, "Connection reset"))
+            raise fell[0]
+        return plain(self, *given, **options)
+
+    monkeypatch.setattr(system, "cat_file", reset_once)
+    assert none.read(names[3], 512, 50) == (folder / names[3]).read_bytes()[512:562] and fell
+    shard = read_manifest(folder)["shards"][0]
+    assert [key for key, _, _ in none.index(shard)]
+    with pytest.raises(ValueError, match=r"\.json does not say where the samples of its tar are"):
+        none.index(shard | {"sha256": "0" * 64})
 
 
 def test_a_cache_becomes_whole_and_whole_labels_lose_nothing(made, tmp_path, capsys):
