@@ -171,11 +171,12 @@ def test_what_is_here_stays_and_a_smaller_limit_is_kept_to(made, tmp_path, fetch
     for name in (first, second, third, first, third):
         assert kept.read(name, 512, 50) == (folder / name).read_bytes()[512:562]
     assert [name for name, _ in fetched()] == [first, second, f"{third}:50", f"{third}:50"]
-    (kept.folder / first).write_bytes(b"cut")
+    (kept.folder / first).write_bytes(bytes(tars(folder)[first] - 1))  # cut; it makes way for itself
     assert kept.read(first, 512, 50) == (folder / first).read_bytes()[512:562] and tars(kept.folder).keys() == {
         first,
         second,
     }
+    assert tars(kept.folder)[first] == tars(folder)[first]
     TarCache(f"file://{far}", kept.folder, tars(folder)[first])
     assert len(tars(kept.folder)) == 1
     none = TarCache(f"file://{far}", kept.folder, 1)
@@ -195,6 +196,10 @@ def test_what_a_killed_process_was_fetching_gives_its_room_back(made, tmp_path):
     assert live.exists() and not dead.exists() and not ours.exists()
     assert [*tars(kept.folder)] == [names[1]], "there is room for two, and a live process is fetching one"
     lock.release()
+    young = kept.folder / f".cached/{names[0]}.34cd.partial"  # of another node, whose lock is not seen here
+    young.touch()
+    assert kept.read(names[2], 0, 5) == (folder / names[2]).read_bytes()[:5]
+    assert [*tars(kept.folder)] == [names[1]] and [*young.parent.iterdir()] == [young]
 
 
 def test_damage_and_a_full_disk_are_one_line_each(made, tmp_path, monkeypatch):
