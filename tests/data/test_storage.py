@@ -101,7 +101,7 @@ def test_a_file_system_that_lacks_its_package_or_its_host_names_the_address(monk
     with pytest.raises(ValueError, match=r"^s3://b/sa_0.tar cannot be opened: Install s3fs"):
         storage.find_urls(["s3://b/sa_{0,1}.tar"], "tar")
     monkeypatch.setattr(core, "url_to_fs", lambda url: (SimpleNamespace(exists=offline), url.partition("://")[2]))
-    with pytest.raises(OSError, match=r"^\[Errno 113\] s3://b/sa_0.tar cannot be reached"):
+    with pytest.raises(OSError, match="s3://b/sa_0.tar cannot be reached: .*No route to host"):
         storage.find_urls(["s3://b/sa_{0,1}.tar"], "tar")
 
 
