@@ -152,3 +152,22 @@ def test_a_process_that_ends_with_batches_left_does_not_wait_for_its_reader(proc
     ending.join(timeout=60)
     ending.kill()
     assert ending.exitcode == 0
+
+
+def test_a_stop_that_is_obeyed_is_delivered_and_another_signal_is_itself(monkeypatch):
+    monkeypatch.setattr(stopping, "SAME_S", 0.0)
+    got: list[int] = []
+    for number in stopping.SIGNALS:
+        signal.signal(number, lambda given, _: got.append(given))
+    with pytest.raises(Stopped), StopNotice():
+        signal.raise_signal(signal.SIGINT)
+        raise Stopped
+    assert got == [signal.SIGINT]
+    with pytest.raises(KeyboardInterrupt), StopNotice():
+        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt  # of something else: the notice was not obeyed
+    assert got == [signal.SIGINT]
+    with StopNotice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    assert got[1:] == [signal.SIGTERM, signal.SIGINT]
