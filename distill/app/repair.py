@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.app import trusted_recipes
+from distill.app.build import labels_folder
 from distill.app.commands import run_label
 from distill.app.console import note
 from distill.app.recipe import USES, Recipe, as_table, dumps, load, parse
@@ -29,16 +30,24 @@ BAD = ".bad"
 def recipe_of(folder: Path) -> Recipe:
     """The recipe that a labels folder was made with: its manifest's or, if that is damaged, that of the run it lies in.
 
-    Raises ValueError if there is none.
+    A damaged manifest's own recipe is only taken where the run's makes other labels, or is missing. Raises ValueError
+    if there is none.
     """
     try:
-        table: dict[str, Any] = read_manifest(folder, whole=False).get("recipe") or {}
+        manifest = read_manifest(folder)
     except DamagedTableError as error:
-        run_recipe = folder.parent.parent / "recipe.toml"
-        if not run_recipe.is_file():
+        path = folder.parent.parent / "recipe.toml"
+        of_run = load(path, command="label") if path.is_file() else None
+        if of_run is not None and labels_folder(of_run).name == folder.name:
+            return of_run
+        try:
+            manifest = read_manifest(folder, whole=False)
+        except DamagedTableError:
+            if of_run is not None:
+                return of_run
             message = str(error).partition(";")[0]
             raise ValueError(f"{message}, and the recipe in it cannot be read: give your own with --recipe") from error
-        return load(run_recipe, command="label")
+    table: dict[str, Any] = manifest.get("recipe") or {}
     if not table:
         raise ValueError(
             f"{folder / MANIFEST} has no recipe, since these labels were not made by `distill label`: remove the bad "

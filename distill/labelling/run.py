@@ -26,7 +26,7 @@ from distill.core.progress import Report
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import CPU, annotate, label_photo
 from distill.labelling.jobs import TRUTH, CropJob, Teachers, asked_about, prepare
-from distill.labelling.leases import ALONE, NOTES, Claim
+from distill.labelling.leases import ALONE, Claim
 from distill.labelling.lock import RunLockedError, mutex, run_lock
 from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.meeting import Folder
@@ -138,8 +138,8 @@ def label(
         with mutex(out):
             about = made_by(recipe, machine)
             complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo), tell=tell)
-            if complete and (out / NOTES).is_dir():
-                settle(Folder(out))  # left by dead workers: with a live one we would not have the lock
+            if complete:
+                settle(Folder(out))  # what killed runs and workers left: with a live one we would not have the lock
     return LabelOutcome(
         complete=complete,
         parts=len(todo),

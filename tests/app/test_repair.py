@@ -10,6 +10,7 @@ import pytest
 from distill.app import build, repair
 from distill.app.cli import main
 from distill.app.recipe import load
+from distill.core.seal import sealed
 from distill.shards.shards import verify
 from tests.labelling.formula import contents, make_tar
 
@@ -109,6 +110,28 @@ def test_a_damaged_table_is_made_again_and_no_tar_is(labels, place):
         assert is_as_before(), names
 
 
+def test_the_recipe_of_a_damaged_manifest_is_not_run_where_the_runs_own_is_there(labels, place, capsys):
+    folder, before = labels
+    manifest = folder / "manifest.json"
+    manifest.write_bytes(before["manifest.json"].replace(b'"min_side"', b'"min_sidf"'))
+    assert repair.repair(folder) == ["manifest.json"] and contents(folder) == before
+    manifest.write_bytes(before["manifest.json"].replace(b'"min_side"', b'"min_sidf"'))
+    kept = place / "run" / "recipe.toml"
+    kept.write_text(kept.read_text().replace("min_side = 20", "min_side = 19"))
+    with pytest.raises(ValueError, match="recipe: unknown key crops.min_sidf"):  # the run makes other labels by now
+        repair.repair(folder)
+    manifest.write_bytes(before["manifest.json"].replace(b'"passed"', b'"passee"'))
+    assert main(["verify", str(folder), "--repair"]) == 0 and contents(folder) == before, "its recipe is sound"
+
+
+def test_what_a_killed_run_left_half_written_is_removed(labels):
+    folder, before = labels
+    sorted(folder.glob("*.tar"))[1].unlink()
+    (folder / ".README.md.partial").write_text("# De")
+    repair.repair(folder)
+    assert contents(folder) == before
+
+
 def test_an_interrupted_repair_loses_nothing_and_goes_on(labels):
     folder, before = labels
     tar = sorted(folder.glob("*.tar"))[0]
@@ -144,7 +167,7 @@ def test_labels_without_a_recipe_or_with_other_images_say_so(labels, place):
     with pytest.raises(ValueError, match="labelled from different images"):
         repair.repair(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "recipe": {}}))
+    (folder / "manifest.json").write_text(json.dumps(sealed({**manifest, "recipe": {}})))
     with pytest.raises(ValueError, match="manifest.json has no recipe"):
         repair.repair(folder)
 
