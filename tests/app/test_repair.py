@@ -126,7 +126,8 @@ def test_the_recipe_of_a_damaged_manifest_is_not_run_where_the_runs_own_is_there
 
 def test_what_a_killed_run_left_half_written_is_removed(labels):
     folder, before = labels
-    sorted(folder.glob("*.tar"))[1].unlink()
+    tar = sorted(folder.glob("*.tar"))[1]
+    tar.with_name(f"{tar.name}.bad").write_bytes(b"spoilt")  # killed when its replacement was there
     (folder / ".README.md.partial").write_text("# De")
     repair.repair(folder)
     assert contents(folder) == before
