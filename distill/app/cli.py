@@ -13,6 +13,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from distill import __version__
@@ -111,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         console.quiet(args.quiet)
         console.as_json(args.json)
+        _refuse_removed_folder()
         code: int = args.verb(args)
         return code
     except (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError) as error:
@@ -129,6 +131,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         console.note("stopped; rerun the same command to resume")
         return STOPPED
+
+
+def _refuse_removed_folder() -> None:
+    """Raises ValueError where the current folder was removed: PyTorch's MKL ends the process without a reason there."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ValueError("the current folder was removed: change to one that exists, and rerun the command") from None
 
 
 def _expand_home(word: str) -> str:

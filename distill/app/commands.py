@@ -211,7 +211,7 @@ def _train(recipe: Recipe) -> TrainResult:
             features=features,
         )
     selection = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
-    speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "already trained, nothing to do"
+    speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "already trained: no step was left"
     say(
         f"{result.folder}: step {result.selected_step} of {result.step}, {selection}, {speed}",
         student=str(result.folder),

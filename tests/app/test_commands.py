@@ -157,7 +157,7 @@ def test_a_report_refuses_unknown_metrics_and_says_where_the_recipe_differs(stra
     assert "broken.json" in capsys.readouterr().err
     broken.unlink()
     assert main(["train", path]) == 0
-    assert "already trained, nothing to do" in capsys.readouterr().out
+    assert "already trained: no step was left" in capsys.readouterr().out
 
 
 def test_scores_and_report_are_written(straight):

@@ -269,3 +269,11 @@ def test_of_two_files_of_one_name_none_is_taken_for_the_other(project):
         plugins.allow(f"{place}/conv.py")
     with pytest.raises(LookupError, match=r"conv.py may be .*a.conv.py or .*b.conv.py: give one"):
         plugins.allowed("conv.py")
+
+
+def test_command_started_in_a_removed_folder_says_so(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["list", "teachers"]) == 2
+    assert "the current folder was removed" in capsys.readouterr().err
