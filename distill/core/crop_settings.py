@@ -19,7 +19,7 @@ class CropSettings:
     patches = "none"; 0 = size. Ours."""
     min_side: int = 644
     """Smallest side (height, where there is a width) of a region in the image's pixels; it is drawn uniformly from here
-    to the largest that fits. Paper: 644."""
+    to the largest that fits. Paper: 644; uniformly: inferred."""
     crops_per_image: int = 1
     """Regions drawn from each image, each a sample of its own. Ours."""
     redraw: bool = False

@@ -4,8 +4,9 @@ A region is a square of the image, resized to `size`: the shared context that te
 are squares of the same region at native resolution: the local context that only the teacher sees.
 
 A plan is a pure function of (seed, image key, draw), so it is the same on any number of processes and in any order.
-Sources: Distill-Any-Depth, Sec. 4.1 (region side uniform in [644, short side], 560 x 560 crops and patches). The
-number and placement of the patches are ours: `grid` covers the region with at least 1/8 overlap; `random` draws N.
+Source: Distill-Any-Depth, Sec. 4.1 (region side in [644, short side], 560 x 560 crops and patches). Inferred: sides and
+places are uniform, and patches keep the image's resolution. The number and placement of the patches are ours: `grid`
+covers the region with at least 1/8 overlap; `random` draws N.
 
 Coordinates are half-pixel: pixel i covers [i, i + 1) and its centre is i + 0.5. Shapes: B batch, N patches, H, W.
 """

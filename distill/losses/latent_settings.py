@@ -43,7 +43,7 @@ class LatentSettings:
     """Scales of gradient matching. FiffDepth's Eq. 6 has one; MiDaS, which it cites, four; inferred: 1."""
     trajectory: float = 0.2
     """lambda_k, the weight of keeping the diffusion trajectory: the network also denoises blended latents. FiffDepth:
-    0.2; 0 = off."""
+    0.2; 0 = off. Its Eq. 3 has a squared norm; inferred: a mean, like the other losses."""
     blend: float = 0.5
     """gamma: the image's share in the blended latents, the rest is the depth's; in [0, 1]. FiffDepth: 0.5; 1 = purely
     image latents."""
@@ -74,8 +74,8 @@ class LatentSettings:
     image_gradient: float = 0.0
     """Weight of their gradient matching at one scale. GenPercept: 2."""
     quantile: float = 0.02
-    """This and 1 minus this quantile of a map become -1 and 1, in [0, 0.5). Marigold, FiffDepth: 0.02. GenPercept's
-    disparity: 0 in effect, though its configuration says 0.02."""
+    """This and 1 minus this quantile of a map become -1 and 1, in [0, 0.5). Marigold, whose encoding FiffDepth
+    follows: 0.02. GenPercept's disparity: 0 in effect, though its configuration says 0.02."""
     noise_strength: float = 0.9
     """"denoise": strength of multi-resolution noise; 0 = plain noise. Marigold: 0.9."""
     noise_annealed: bool = True

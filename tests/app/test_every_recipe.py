@@ -23,6 +23,7 @@ from distill.app.study import cells, read_study
 from distill.app.weights import needed_weights
 from distill.core.plugins import find
 from distill.eval.papers import paper_numbers
+from distill.eval.verdict import BOUNDED
 from distill.students import checkpoint
 from tests import tiny_teachers
 
@@ -177,6 +178,21 @@ def test_what_recipes_should_score_is_what_papers_toml_says():
     for path in RECIPES:
         said = re.findall(r"(?:\.\d{3} ){4}\.\d{3}", path.read_text())
         assert {tuple(one.split()) for one in said} <= known, path
+
+
+PAPERS = r"Distill-Any-Depth|AnyDepth|FiffDepth|Marigold|GenPercept|Depth Anything\s+(# )?3 fits|[Pp]aper\b"
+
+
+@pytest.mark.parametrize("path", RECIPES + STUDIES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_what_follows_a_paper_says_what_is_not_the_papers(path):
+    head = re.split(r"^(?:\[|name =)", path.read_text(), maxsplit=1, flags=re.MULTILINE)[0]
+    assert re.search(r"\b(ours|inferred)\b", head, re.IGNORECASE) or not re.search(PAPERS, head)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_a_bound_is_no_papers(path):
+    """No paper here states one: such a claim is ours."""
+    assert {o.source for o in read_study(path).orderings if o.kind in BOUNDED} <= {"ours"}
 
 
 def test_who_teaches_is_what_the_papers_say():

@@ -115,6 +115,13 @@ def test_noise_that_s_grad_likes_is_rough():
     assert depth_scores(7 * noisy + 3, yes)["roughness"] == pytest.approx(spoilt["roughness"], rel=1e-3)
 
 
+def test_the_scores_of_white_noise_are_those_that_are_quoted():
+    noise = np.random.default_rng(0).normal(5.0, 0.5, (480, 640)).astype(np.float32)
+    scores = depth_scores(noise, np.ones(noise.shape, bool))
+    assert scores["s_grad"] == pytest.approx(0.69, abs=0.005), "CV 0.46"
+    assert scores["roughness"] == pytest.approx(3.6, abs=0.2)
+
+
 def test_depth_edges_without_image_edges_sky_and_blur_are_seen():
     y, x = np.mgrid[:80, :120]
     near = (x > 40) & (x < 80) & (y > 30)

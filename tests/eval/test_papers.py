@@ -16,6 +16,7 @@ from distill.eval.reports.scoreboard import paper_table
 from distill.eval.reports.tables import as_latex, as_markdown, as_text, grid
 from distill.eval.scorefile import ImageScore, Score, write_scores
 from distill.eval.tasks import TASKS
+from distill.eval.verdict import margin
 
 ROOT = Path(__file__).parents[2]
 LARGE = "depth-anything/Depth-Anything-V2-Large"
@@ -75,6 +76,55 @@ def test_the_numbers_are_the_papers():
     assert value("FiffDepth", "Table 1", "GeoWizard", "da2k", "accuracy") == pytest.approx(0.881)
     assert value("FiffDepth", "Table 2", "Depth Pro", "p3m10k", "boundary_recall") == 0.168
     assert all(0 < n.value < 1 and 0 < n.tolerance < 0.05 for n in numbers)
+
+
+def test_the_effects_that_pages_quote_are_those_of_the_papers_numbers():
+    """As a study measures them: how much lower the first row's AbsRel is, as a share of the second's."""
+    tables = {"Table 1", "Table 2", "Table 4", "Table 5"}
+    printed = {
+        (n.where, n.model, n.benchmark): n.value
+        for n in paper_numbers()
+        if n.paper == "Distill Any Depth" and n.where in tables and n.metric == "abs_rel"
+    }
+
+    def mean(where: str, model: str) -> float:
+        return (printed[where, model, "eth3d"] + printed[where, model, "diode"]) / 2
+
+    def gain(where: str, first: str, second: str, other: str = "") -> float:
+        return 100 * margin(mean(where, first), mean(other or where, second))
+
+    def page(name: str) -> str:
+        return " ".join((ROOT / name).read_text().split())
+
+    readme, results = page("README.md"), page("docs/results.md")
+    hybrid = gain("Table 1", "shared context, hybrid", "shared context, global")
+    patches = gain("Table 1", "local-global, hybrid", "local-global, global")
+    none = gain("Table 1", "local-global, global", "local-global, none")
+    assert f"paper +{hybrid:.1f})" in readme and f"(paper: +{hybrid:.1f}, +{patches:.1f} %)" in results
+    assert f"better; paper {none:.0f})" in readme and f"lower (paper: {none:.0f} %)" in results
+    assert f"(paper: +{gain('Table 2', 'shared context alone', 'neither'):.1f} %)" in results
+    assert f"(paper: lose {-gain('Table 1', 'local-global, hybrid', 'shared context, hybrid'):.1f} %)" in results
+    average = f"(paper: +{gain('Table 4', 'both, selected', 'both, averaged'):.0f} %)"
+    assert average in readme and average in results
+    assert f"| {gain('Table 4', 'both, selected', 'both', 'Table 2'):.1f} % by its own tables |" in results
+
+    def assistant(benchmark: str) -> float:
+        dav2, genpercept = "Depth Anything V2-L", "GenPercept (disparity)"
+        return 100 * margin(printed["Table 5", genpercept, benchmark], printed["Table 5", dav2, benchmark])
+
+    better = sorted(map(assistant, ("diode", "eth3d")))
+    worse = sorted(-assistant(benchmark) for benchmark in ("kitti", "nyu", "scannet"))
+    assert f"{better[0]:.0f} to {better[-1]:.0f} % better" in results
+    assert f"{worse[0]:.0f} to {worse[-1]:.0f} % worse" in results
+
+
+def test_the_saved_flops_that_a_page_quotes_are_those_of_the_table():
+    table = (ROOT / "students/efficiency.md").read_text()
+    cells = r"\| dinov3_vitl16 \| {} \|.*?\| \d+ \| ([\d.]+) \(([\d.]+)\) \|"
+    sdt, dpt = (re.search(cells.format(name), table).groups() for name in ("sdt", "dpt 512"))
+    ours, theirs = (100 * (1 - float(a) / float(b)) for a, b in zip(sdt, dpt, strict=True))
+    said = f"saves {ours:.0f} % of DPT's FLOPs as counted here; {theirs:.0f} % by AnyDepth's table"
+    assert said in (ROOT / "recipes/anydepth/README.md").read_text()
 
 
 def test_released_weights_of_rows_are_those_of_cards():

@@ -130,6 +130,22 @@ def test_truth_teaches_the_pass_and_the_trajectory_pseudo_labels_the_filter():
     assert found.parts["filter_mae"][0].item() == pytest.approx((again - wanted).abs().mean().item(), rel=1e-5)
 
 
+def test_the_trajectorys_loss_is_a_mean_over_valid_latents():
+    """Eq. 2 and 3 by hand: the target's depth is the label's, and the squared norm a mean, as the other losses are."""
+    network, batch = latent_toys.Network(), latent_toys.micro(2)
+    task = LatentTask(network, LatentSettings(), 0)
+    found = task(network, batch, precision="fp32").parts["trajectory"]
+    levels, noise = task._drawn(batch, torch.Size((2, 4, 4, 4)), lowest=1, shaped=False)
+    label = batch.taught[0].labels.shared
+    maps, valid = maths.to_unit_range(label.values, label.valid, 0.02)
+    blended = 0.5 * network.encode(batch.images)[:1] + 0.5 * network.encode_maps(maps)
+    signal, rest = network.alphas[levels[:1]].sqrt(), (1 - network.alphas[levels[:1]]).sqrt()
+    out = network(signal * blended + rest * noise[:1], levels[:1])
+    error = (out - (signal * noise[:1] - rest * blended))[0].square()
+    inside = maths.pooled(valid, 4)[0]
+    assert found.tolist() == pytest.approx([error[:, inside].mean().item()], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("given", "passes", "parts"),
     [
