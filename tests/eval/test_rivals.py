@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -54,6 +57,25 @@ def test_the_floor_of_moge_is_the_farthest_truth_and_marigolds_is_a_kilometre():
     assert marigold.scale != moge.scale  # marigold's fit leaves the negative pixel out
     assert abs_rel(pred, truth, "marigold", Kind.AFFINE_DISPARITY)[0] > 20  # 1000 m instead of 10
     assert abs_rel(pred, truth, "moge_disparity", Kind.AFFINE_DISPARITY)[0] < 1
+
+
+def test_the_page_of_protocols_has_the_numbers_of_its_example():
+    """Depth of 0.5 to 30 m, a tenth of the pixels 30 to 60 m; disparity with noise of 0.5 % of its range."""
+    random = np.random.default_rng(0)
+    truth = random.uniform(0.5, 30.0, (500, 800))
+    truth[:50] = random.uniform(30.0, 60.0, (50, 800))
+    disparity = 1 / truth
+    pred = disparity + 0.005 * np.ptp(disparity) * random.normal(size=truth.shape)
+    kind = Kind.AFFINE_DISPARITY
+    marigold, made = abs_rel(pred, truth, "marigold", kind)
+    depth = DepthMap(torch.tensor(truth)[None], torch.ones(1, *truth.shape, dtype=torch.bool), Kind.METRIC_DEPTH)
+    clipped = measure(pred.astype(np.float32), depth, kind, replace(ETH3D, max_depth=350.0).with_kind(kind))
+    values = marigold, float(from_sums(clipped.sums[None])["abs_rel"]), abs_rel(pred, truth, "moge_disparity", kind)[0]
+    at_floor = (pred * made.scale + made.shift < 1e-3).mean()
+    page = " ".join((Path(__file__).parents[2] / "docs/protocols.md").read_text().split())
+    said = "AbsRel is {} under Marigold's floor without a largest depth, {} with a clip at 350 m, and {} under MoGe's"
+    assert said.format(*(f"{value:.2f}"[1:] for value in values)) in page
+    assert f"{at_floor:.1%}".replace("%", " %") + " of the pixels are at Marigold's floor" in page
 
 
 def test_errors_of_disparity_are_not_errors_of_depth():
