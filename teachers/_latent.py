@@ -245,7 +245,9 @@ def within_memory(vae: Any, work: Callable[[], Tensor]) -> Tensor:
 
 def run_unet(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> Tensor:
     """The UNet's raw output at `timestep`, under the empty prompt."""
-    steps = torch.as_tensor(timestep, device=inputs.device).expand(len(inputs))
+    if not isinstance(timestep, Tensor):  # not torch.as_tensor, which would wait for the GPU's queued work
+        timestep = torch.full((), timestep, device=inputs.device)
+    steps = timestep.to(inputs.device).expand(len(inputs))
     prompt = parts.prompt.expand(len(inputs), -1, -1)
     return parts.unet(inputs, steps, encoder_hidden_states=prompt).sample
 

@@ -30,11 +30,24 @@ QUANTILE = 0.99
 MIN_SKY_PIXELS = 10
 
 
-def quantile(values: Tensor, place: float) -> Tensor:
-    """The quantile of a flat tensor of any length, linear between its neighbours; torch's own stops at 16 million."""
-    ordered = values.sort().values
-    at = place * (len(ordered) - 1)
-    return torch.lerp(ordered[int(at)], ordered[min(int(at) + 1, len(ordered) - 1)], at - int(at))
+def quantile(values: Tensor, counted: Tensor, place: float) -> Tensor:
+    """The quantile of the counted values, linear between its neighbours; of any number, where torch's stops at 16
+    million. A scalar on their device, which the host never waits for; NaN where none counts.
+    """
+    ordered = torch.where(counted, values, torch.nan).flatten().sort().values  # NaN last: those that do not count
+    last = (counted.sum() - 1).clamp(min=0).double()
+    at = place * last
+    below = at.floor()
+    neighbours = ordered.take(torch.stack([below, torch.minimum(below + 1, last)]).long())
+    return torch.lerp(*neighbours, (at - below).to(values.dtype))
+
+
+def far_in_the_sky(values: Tensor, sky: Tensor, others: Tensor, place: float) -> tuple[Tensor, Tensor]:
+    """A map with the quantile of `others` in the sky, and where that is; unchanged if either has MIN_SKY_PIXELS or
+    fewer.
+    """
+    changed = sky & (others.sum() > MIN_SKY_PIXELS) & (sky.sum() > MIN_SKY_PIXELS)
+    return torch.where(changed, quantile(values, others, place), values), changed
 
 
 def kind_under(kind: Kind, policy: str) -> Kind:
@@ -51,13 +64,9 @@ def apply_sky(depth: DepthMap, sky: Tensor, policy: str) -> DepthMap:
     if policy != "far":
         return DepthMap(depth.values, depth.valid & ~sky, depth.kind)
     place = QUANTILE if depth.kind.quantity == "depth" else 1 - QUANTILE
-    values, valid = depth.values.clone(), depth.valid.clone()
-    for i, sky_pixels in enumerate(sky):
-        other_values = depth.values[i][depth.valid[i] & ~sky_pixels]
-        if other_values.numel() > MIN_SKY_PIXELS and int(sky_pixels.sum()) > MIN_SKY_PIXELS:
-            values[i][sky_pixels] = quantile(other_values, place)
-            valid[i] |= sky_pixels
-    return DepthMap(values, valid, depth.kind)
+    maps = zip(depth.values, sky, depth.valid & ~sky, strict=True)
+    values, changed = zip(*(far_in_the_sky(*each, place) for each in maps), strict=True)
+    return DepthMap(torch.stack(values), depth.valid | torch.stack(changed), depth.kind)
 
 
 class SkyMask:

@@ -44,7 +44,7 @@ from distill.teachers import (
 )
 from distill.teachers._da3_network import Network, NetworkLayout
 from distill.teachers._dino import PATCH, normalize
-from distill.teachers._sky import MIN_SKY_PIXELS, QUANTILE, quantile
+from distill.teachers._sky import QUANTILE, far_in_the_sky
 
 NATIVE = 504
 CANONICAL = 300.0  # pixels: the focal length for which the metric model's output is metres
@@ -129,10 +129,7 @@ def sky_to_far(depth: Tensor, sky: Tensor) -> Tensor:
     Every pixel counts, however many (torch.quantile itself stops at 16 million).
     """
     is_sky = sky >= SKY
-    other_depth = depth[~is_sky]
-    if other_depth.numel() <= MIN_SKY_PIXELS or int(is_sky.sum()) <= MIN_SKY_PIXELS:
-        return depth
-    return torch.where(is_sky, quantile(other_depth, QUANTILE), depth)
+    return far_in_the_sky(depth, is_sky, ~is_sky, QUANTILE)[0]
 
 
 class Teacher:

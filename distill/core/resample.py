@@ -25,17 +25,21 @@ def resize_bilinear(x: Tensor, size: tuple[int, int], *, align_corners: bool, ex
     """Resize (B,C,H,W) to (B,C,*size), as F.interpolate's bilinear, no antialiasing. exact: None: `exact_gradient`."""
     if not (exact_gradient(x) if exact is None else exact):
         return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
-    down = _weights(x.shape[-2], size[0], align_corners).to(x)
-    across = _weights(x.shape[-1], size[1], align_corners).to(x)
+    down = _weights(x.shape[-2], size[0], align_corners, x.device, x.dtype)
+    across = _weights(x.shape[-1], size[1], align_corners, x.device, x.dtype)
     return down @ x @ across.mT
 
 
 @functools.lru_cache(maxsize=64)
-def _weights(inputs: int, outputs: int, align_corners: bool) -> Tensor:
-    """(outputs, inputs) interpolation weights along one side, computed by torch's own kernel on the CPU."""
-    with torch.no_grad():
+def _weights(inputs: int, outputs: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(outputs, inputs) interpolation weights along one side, computed by torch's own kernel on the CPU.
+
+    Kept on the device: copying them there makes the host wait for it, several times a step.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # training may follow an inference of the same size
         columns = torch.eye(inputs, dtype=torch.float64)[:, None, :, None]  # one image per input
-        return F.interpolate(columns, size=(outputs, 1), mode="bilinear", align_corners=align_corners)[:, 0, :, 0].T
+        down = F.interpolate(columns, size=(outputs, 1), mode="bilinear", align_corners=align_corners)[:, 0, :, 0].T
+        return down.to(device, dtype)
 
 
 def read_boxes(maps: Tensor, rows: Tensor, columns: Tensor, *, exact: bool | None = None) -> Tensor:

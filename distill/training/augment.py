@@ -145,9 +145,8 @@ def _turned(images: Tensor, labels: dict[str, Labels], angles: Sequence[float]) 
     zeros = torch.zeros_like(cos)
     # affine_grid's coordinates run from -1 to 1 on either axis, whatever the aspect.
     rows = [cos, -sin * (height / width), zeros, sin * (width / height), cos, zeros]
-    grid = F.affine_grid(
-        torch.stack(rows, 1).view(-1, 2, 3).to(images.device), [len(images), 1, height, width], align_corners=False
-    )
+    turns = torch.stack(rows, 1).view(-1, 2, 3).to(images.device, non_blocking=True)
+    grid = F.affine_grid(turns, [len(images), 1, height, width], align_corners=False)
     turned_labels = {}
     for name, part in labels.items():
         if part.local is not None:

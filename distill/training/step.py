@@ -164,7 +164,7 @@ def _learn(run: TrainingRun, micro: MicroBatch) -> Measured:
     # Gradients are averaged over processes, so each contributes its sum over the global batch times their number. They
     # become NaN where the loss is not finite: |x - inf| has a finite gradient, and a GPU checks gradients only.
     total = result.losses.sum()
-    (total * (run.processes.count / run.settings.batch_size + 0.0 * total.detach())).backward()
+    total.backward(run.processes.count / run.settings.batch_size + 0.0 * total.detach())
     return result
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from distill.core.resample import read_boxes, read_points, resize_bilinear
+from tests.launches import Asked
 
 
 def both(function, *inputs: Tensor) -> list[list[Tensor]]:
@@ -28,6 +29,16 @@ def test_resize(align_corners, size):
     ours, theirs = both(lambda x, exact: resize_bilinear(x, size, align_corners=align_corners, exact=exact), x)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_of_an_inference_serve_training():
+    """And no later call makes a tensor on the host, which on a card would wait for its copy."""
+    x = torch.randn(1, 2, 6, 7, requires_grad=True)
+    with torch.inference_mode():
+        resize_bilinear(x, (4, 5), align_corners=False, exact=True)
+    with Asked() as counted:
+        resize_bilinear(x, (4, 5), align_corners=False, exact=True).sum().backward()
+    assert x.grad is not None and "eye" not in counted.launches and "_to_copy" not in counted.launches
 
 
 def test_boxes():

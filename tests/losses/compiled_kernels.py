@@ -3,7 +3,8 @@
 Triton needs no GPU to compile for one, only a driver that names it. The driver here also accepts the launches, so
 everything happens as on a GPU except the kernels' execution. `python -m tests.losses.compiled_kernels [CAPABILITY]`
 (80: A100; 90: H100, H200, the default; 100: B200) prints each kernel's registers per thread, its stack (spilled
-registers) and shared memory, in bytes, and fails on instructions whose result could differ between two runs.
+registers) and shared memory, in bytes, and fails on instructions whose result could differ between two runs, and where
+the programs of the cooperative launch would not all fit on the card.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 from distill.core.crops import sample_boxes
 from distill.losses import fused
+from distill.losses.kernels import select
 from distill.losses.kernels.small import LARGEST
 from distill.losses.losses import compare, gradient_loss, median_and_mean_abs_dev
 
@@ -36,6 +38,7 @@ class Card:
     def __init__(self, capability: int) -> None:
         self.capability, self.launches = capability, 0
         self.binaries: dict[str, list[bytes]] = {}
+        self.shared: dict[str, int] = {}
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
             load_binary=self.load,
@@ -43,6 +46,7 @@ class Card:
         )
 
     def load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, int, int, int, int]:
+        self.shared[name] = max(shared, self.shared.get(name, 0))  # a binary's own says only what is reserved
         variants = self.binaries.setdefault(name, [])
         if binary not in variants:
             variants.append(binary)
@@ -79,6 +83,8 @@ def losses() -> Iterator[torch.Tensor]:
     yield compare(pred, target, valid, "hybrid", label_only=True).loss
     for normalize in (True, False):
         yield gradient_loss(pred, target, valid, normalize=normalize)
+    odd = torch.rand(1 + 2 * 61 * 97, requires_grad=True)[1:].view(2, 61, 97)  # not aligned to 16 bytes
+    yield compare(odd, odd.detach(), odd > 0, "hybrid").loss + gradient_loss(odd, odd.detach(), odd > 0)
     yield fused.sample_boxes(pred, torch.rand(2, 3, 4), 40, reference=sample_boxes)[0]  # type: ignore[index]
     large = torch.rand(1, LARGEST // 64 + 1, 64, requires_grad=True)
     for values in (pred, large):
@@ -108,10 +114,14 @@ def main(capability: int) -> None:
     for name, variants in sorted(card.binaries.items()):
         dumps = [dump(variant, "--dump-resource-usage") for variant in variants]
         usage = [dict(re.findall(r"(REG|STACK|SHARED):(\d+)", text)) for text in dumps]
-        text = ", ".join(f"{key.lower()} {max(int(u[key]) for u in usage)}" for key in ("REG", "STACK", "SHARED"))
+        registers, stack = (max(int(u[key]) for u in usage) for key in ("REG", "STACK"))
+        text = f"reg {registers}, stack {stack}, shared {card.shared[name]}"
         atomics = {instruction for v in variants for instruction in ATOMIC_FLOAT.findall(dump(v, "--dump-sass"))}
         print(f"sm_{capability} {name}: {len(variants)} variants, at most {text}", flush=True)  # noqa: T201
         assert not atomics, f"{name} adds floats in any order: {sorted(atomics)}"
+        if name == select._select.__name__:
+            held = 32 * select.HOW["num_warps"] * registers, card.shared[name]
+            assert all(n * select.PROGRAMS_EACH <= m for n, m in zip(held, (65536, 227 * 1024), strict=True)), held
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ of them.
 
 On a card more rows follow: options of hybrid, hybrid and gradient loss with shared statistics, the objective with nine
 patches per image, the log's statistics, and the torch code that the kernels replace. Columns: the card's time in eager
-mode and replayed from a CUDA graph (medians), the sum of its kernels, the host's launch time, peak memory. Then the
-numbers: the kernels' and the torch code's against the torch code in float64, and whether two runs gave the same bits.
-Kernels that fail raise.
+mode and replayed from a CUDA graph (medians), the sum of its kernels, the host's launch time, peak memory. Then what
+each launch costs the host; and the numbers: the kernels' and the torch code's against the torch code in float64, and
+whether two runs gave the same bits. Kernels that fail raise.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -45,6 +46,7 @@ from distill.core.crops import sample_boxes
 from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Labels
 from distill.losses import fused
+from distill.losses.kernels import launch
 from distill.losses.losses import compare, distillation_loss, gradient_loss
 from distill.losses.objective import Objective
 from distill.training.trainlog import map_statistics
@@ -140,6 +142,7 @@ def serve(name: str, batch: int, size: int, threads: int) -> None:
 
 
 Case = Callable[[], object]
+WARM = 5
 NO_GRAPH = ("nanmedians", "plain global", "objective")
 
 
@@ -199,7 +202,7 @@ def card_cases(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Case]:
 
 def card_time(call: Case, repeats: int = 60) -> tuple[float, float, float]:
     """Median milliseconds of the card and of the host for one call, and peak memory above that in use before, in MB."""
-    for _ in range(5):
+    for _ in range(WARM):
         call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -238,6 +241,25 @@ def kernel_time(call: Case, calls: int = 5) -> float:
             call()
         torch.cuda.synchronize()
     return sum(event.self_device_time_total for event in profile.key_averages()) / calls / 1e3
+
+
+def host_times(call: Case, calls: int = 60) -> str:
+    """Microseconds of the host in one call: in each kernel's launches, and in all."""
+    spent: Counter[str] = Counter()
+    launched = launch.Launcher.__call__
+
+    def timed(self: launch.Launcher, grid: tuple[int, ...], *args: object) -> None:
+        start = time.perf_counter()
+        launched(self, grid, *args)
+        spent[self.kernel.__name__] += time.perf_counter() - start
+
+    launch.Launcher.__call__ = timed  # type: ignore[method-assign]
+    try:
+        _, host, _ = card_time(call, calls)
+    finally:
+        launch.Launcher.__call__ = launched  # type: ignore[method-assign]
+    each = ", ".join(f"{name} {1e6 * seconds / (calls + WARM):.0f}" for name, seconds in spent.items())
+    return f"launches: {each}; all {1e3 * host:.0f}"
 
 
 def card_numbers(pred: Tensor, target: Tensor, valid: Tensor) -> None:
@@ -290,6 +312,9 @@ def on_card(given: argparse.Namespace) -> None:
             f"{name:20}{card:8.3f}{graph:8.3f}{kernel_time(cases[name]):8.3f}{host:8.3f}{memory:8.1f}   {ratios}",
             flush=True,
         )
+    print("\nthe host, us a call")
+    for name in ("masked L1", "global", "hybrid", "gradient", "hybrid + gradient", "objective"):
+        print(f"{name:20}{host_times(cases[name])}", flush=True)
     card_numbers(*maps)
     if given.profile:
         for name in ("hybrid", "gradient", "hybrid, trimmed"):
