@@ -33,7 +33,7 @@ def decode_values(codes: Tensor, low: Tensor, high: Tensor, units: Tensor) -> tu
     if codes.numel():
         # Without fusion: a product that is not rounded before the sum would have other bits than torch's.
         with torch.cuda.device_of(codes):
-            _decode[triton.cdiv(pixels, BLOCK), len(codes)](
+            _decode[-(-pixels // BLOCK), len(codes)](
                 codes, low.contiguous(), high.contiguous(), units, values, valid.view(torch.uint8), pixels, BLOCK=BLOCK,
                 enable_fp_fusion=False,
             )  # fmt: skip

@@ -122,7 +122,7 @@ class _Samples(torch.autograd.Function):
         values = maps.new_empty((images, number, size, size))
         inside = torch.empty(values.shape, dtype=torch.bool, device=maps.device)
         if values.numel():
-            grid = (triton.cdiv(size * size, BLOCK), images * number)
+            grid = (-(-size * size // BLOCK), images * number)
             _kernels()[0](grid, maps, boxes, values, inside.view(torch.uint8), number, height, width, size)
         ctx.save_for_backward(boxes)
         ctx.sizes = (number, height, width, size)
@@ -137,7 +137,7 @@ class _Samples(torch.autograd.Function):
         if upstream is None:
             return None, None, None
         slopes = upstream.new_empty((len(boxes), height, width))
-        grid = (height, len(boxes), triton.cdiv(width, WIDE))
+        grid = (height, len(boxes), -(-width // WIDE))
         _kernels()[1](grid, upstream.contiguous(), boxes, slopes, number, height, width, size)
         return slopes, None, None
 
