@@ -56,7 +56,7 @@ class Film:
         except (av.error.FFmpegError, OSError, ValueError) as error:
             if detail := _other_format(path):
                 raise BadImageError(f"not a video: it is {detail}") from error
-            truncated = path.is_file() and _ends_inside_box(path)
+            truncated = path.is_file() and (_cut_box(path) is not None or _ends_in_zeros(path))
             reason = f"not a video that can be opened ({_reason(error)}): copy it again, or convert it to H.264"
             raise BadImageError(_CUT if truncated else reason) from error
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -67,7 +67,8 @@ class Film:
                 if streams
                 else "no video in it"
             )
-            if (streams or not self._container.streams) and _ends_inside_box(path):
+            cut_inside = _cut_box(path)
+            if cut_inside == b"moov" or (cut_inside is not None and (streams or not self._container.streams)):
                 detail = _CUT
             self._container.close()
             raise BadImageError(detail)
@@ -77,7 +78,7 @@ class Film:
         self._stream, self._codec_name = streams[0], codec.name
         rates = (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate)
         self.rate = next((float(rate) for rate in rates if rate and 0.01 <= rate <= 1000), 25.0)
-        self.total = max(0, self._stream.frames)
+        self.total = self._stored = max(0, self._stream.frames)
         self._is_mov = "mov" in self._container.format.name
         self._truncated = _is_truncated(path)
         self._size: tuple[int, int] | None = None
@@ -94,6 +95,9 @@ class Film:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         count, lost, end = 0, 0, 0.0
+        seen_whole = False
+        # Packets of a joined transport stream are flagged at every joint, though nothing is missing there.
+        flags_mean_damage = self._container.format.name != "mpegts"
         deinterlacer = _Deinterlacer()
         try:
             for packet in self._packets():
@@ -108,6 +112,8 @@ class Film:
                 for frame in decoded:
                     duration = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
                     end = max(end, float(frame.time or 0.0) + max(duration, 1 / self.rate))
+                    lost += flags_mean_damage and seen_whole and frame.is_corrupt
+                    seen_whole |= not frame.is_corrupt
                     for full_frame in deinterlacer.of(frame):
                         count += 1
                         yield self._to_display(full_frame)
@@ -141,14 +147,16 @@ class Film:
     def _find_problem(self, count: int, lost: int, last: float) -> str:
         if not count and (detected := _other_format(self._path)):
             return f"not a video: it is {detected}"
-        if not count and (self._truncated or _ends_inside_box(self._path)):
+        if not count and (self._truncated or _cut_box(self._path) is not None or _ends_in_zeros(self._path)):
             return "it is cut short before the end of its first frame: copy it again"
         if not count:
             return f"no frame of this video can be decoded (its codec is {self._codec_name})"
         # The header counts stored frames and assumes an even rate, so only the end time is compared.
         complete = not self._truncated and (not self._end_s or last >= self._end_s - 2 / self.rate)
-        if not complete:
+        zeros = _ends_in_zeros(self._path) and not (self._is_mov and complete)
+        if not complete or (zeros and count != self._stored):
             damage_note = f"; {lost} frames are damaged too" if lost > 1 else ""  # one: the frame at the cut
+            damage_note += "; it ends in zeros, as an unfinished download does" if zeros else ""
             return f"stops at frame {count} of {self.total if self.total > count else 'more'}{damage_note}"
         return f"{lost} of its frames are damaged; {count} could be decoded" if lost else ""
 
@@ -168,17 +176,9 @@ def _of_dolby(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(1 << 16)
         if head[:4] != b"\x1a\x45\xdf\xa3":
-            head = b""
-            offset, size = 0, path.stat().st_size
-            while offset + 8 <= size and not head:
-                file.seek(offset)
-                box = file.read(16)
-                length = int.from_bytes(box[:4], "big")
-                length = int.from_bytes(box[8:16], "big") if length == 1 else length or size - offset
-                if length < 8:
-                    break
-                head = box[8:] + file.read(min(length, 1 << 22)) if box[4:8] == b"moov" else b""
-                offset += length
+            moov = next(((start, end) for name, start, end in _boxes(path) if name == b"moov"), (0, 0))
+            file.seek(moov[0])
+            head = file.read(min(moov[1] - moov[0], 1 << 22))
     # Matroska stores the name as a number, then the record as another element.
     record = re.search(rb"dv[cv]C(?:.{0,16}?\x41\xed[\x80-\xff])?([\1\2]\0.{3})", head, re.DOTALL)
     if not record:
@@ -228,7 +228,7 @@ class _Deinterlacer:
 
 
 def _is_truncated(path: Path) -> bool:
-    """Whether a film is shorter than its header says, or ends inside an element; not for MP4 and MPEG."""
+    """Whether a film is shorter than its header says, or ends inside an element; not for MPEG and plain MP4."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(1 << 16)
@@ -241,6 +241,8 @@ def _is_truncated(path: Path) -> bool:
             return not 11 <= length <= size or file.read(1)[0] & 31 not in (8, 9, 18)
     if head[:4] == b"RIFF":
         return int.from_bytes(head[4:8], "little") + 8 > size
+    if head[4:8] == b"ftyp":
+        return _lacks_fragments(path)
     offset = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))  # the file properties object of ASF
     return offset >= 0 and int.from_bytes(head[offset + 40 : offset + 48], "little") > size
 
@@ -269,12 +271,17 @@ def _other_format(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         head = file.read(512)
+    if head and not any(head):
+        return "zeros at its start, as of an unfinished download: download it again"
     kind = signatures.sniff(head) or signatures.text(head) or ("" if head else "empty")
     return "" if kind.startswith("a video") or head.startswith(b"YUV4MPEG2") else kind
 
 
-def _ends_inside_box(path: Path) -> bool:
-    """Whether an MP4 or MOV file ends inside one of its boxes."""
+def _boxes(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the name, start and end of each box of an MP4 or MOV file; the last one may end behind the file.
+
+    Bytes too few for a box are one without a name.
+    """
     size, offset = path.stat().st_size, 0
     with path.open("rb") as file:
         while offset + 8 <= size:
@@ -283,9 +290,33 @@ def _ends_inside_box(path: Path) -> bool:
             length = int.from_bytes(head[:4], "big")
             length = int.from_bytes(head[8:16], "big") if length == 1 else length or size - offset
             if length < 8 or not head[4:8].isascii():
-                return False
+                return
+            yield head[4:8], offset, offset + length
             offset += length
-    return offset > size
+    if offset < size:
+        yield b"", offset, offset + 8
+
+
+def _cut_box(path: Path) -> bytes | None:
+    """The name of the box inside which an MP4 or MOV file ends, or None."""
+    size = path.stat().st_size
+    return next((name for name, _, end in _boxes(path) if end > size), None)
+
+
+def _lacks_fragments(path: Path) -> bool:
+    """Whether an MP4 of fragments, as recorders and streaming sites write it, ends inside one.
+
+    No header says how long all of them are.
+    """
+    return _cut_box(path) in (b"moof", b"mdat") and any(name == b"moof" for name, _, _ in _boxes(path))
+
+
+def _ends_in_zeros(path: Path) -> bool:
+    """Whether the end of a file never arrived, by programs that reserve the whole file's room first."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        end = file.read(4096)
+    return len(end) == 4096 and not any(end)
 
 
 def _upright(frame: Any, rgb: np.ndarray) -> np.ndarray:

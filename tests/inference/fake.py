@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
+import av
 import cv2
 import numpy as np
 import torch
@@ -56,3 +59,28 @@ def shoot(path, frames, size=(40, 30), codec="mp4v"):
 
 def value(path):
     return float(np.load(path).mean())
+
+
+def film(path, times, *, sides=(32, 24), aspect=None, sound=0.0, codec="mpeg4", options=None):
+    """A film with frames at these milliseconds, and seconds of silence beside it."""
+    with av.open(str(path), "w", options=options or {}) as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = *sides, "yuv420p"
+        if codec != "mpeg2video":  # which has rates of its own
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        audio = out.add_stream("aac", rate=8000) if sound else None
+        for time in times:
+            noise = np.random.default_rng(time).integers(0, 256, (sides[1], sides[0], 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(noise, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+        for i in range(int(sound * 8000 / 1024) if audio else 0):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            silence.sample_rate, silence.pts = 8000, 1024 * i
+            out.mux(audio.encode(silence))
+        if audio:
+            out.mux(audio.encode(None))
+    return path

@@ -32,19 +32,25 @@ def test_a_header_tells_how_long_a_film_is(tmp_path, data, truncated):
 
 
 @pytest.mark.parametrize(
-    ("data", "inside"),
+    ("data", "inside", "fragments"),
     [
-        (b"\0\0\0\x09ftyp1\0\0\0\x09mdat1", False),
-        (b"\0\0\0\x09ftyp1\0\0\0\x0amdat1", True),
-        (b"\0\0\0\x09ftyp1\0\0\0\0mdat1", False),  # to the end, however long
-        (b"\0\0\0\1mdat\0\0\0\0\0\0\0\x111", False),
-        (b"\0\0\0\1mdat\0\0\0\0\0\0\0\x121", True),
-        (b"\0\0\0\x99\xff\xfe\xfd\xfc", False),  # no box
+        (b"\0\0\0\x09ftyp1\0\0\0\x09mdat1", None, False),
+        (b"\0\0\0\x09ftyp1\0\0\0\x0amdat1", b"mdat", False),
+        (b"\0\0\0\x09ftyp1\0\0\0\0mdat1", None, False),  # to the end, however long
+        (b"\0\0\0\1mdat\0\0\0\0\0\0\0\x111", None, False),
+        (b"\0\0\0\1mdat\0\0\0\0\0\0\0\x121", b"mdat", False),
+        (b"\0\0\0\x99\xff\xfe\xfd\xfc", None, False),  # no box
+        (b"\0\0\0\x09ftyp1\0\0\0\x08mo", b"", False),  # not even a box's name
+        (b"\0\0\0\x09ftyp1\0\0\0\x09moof", b"moof", True),
+        (b"\0\0\0\x09ftyp1\0\0\0\x08moof\0\0\0\x09mdat", b"mdat", True),
+        (b"\0\0\0\x09ftyp1\0\0\0\x08moof\0\0\0\x09mdat1", None, False),
+        (b"\0\0\0\x09ftyp1\0\0\0\x08moof\0\0\0\x09mfra", b"mfra", False),  # only the index is cut
     ],
 )
-def test_a_film_that_ends_inside_a_box_is_cut(tmp_path, data, inside):
+def test_a_film_that_ends_inside_a_box_is_cut(tmp_path, data, inside, fragments):
     (tmp_path / "v").write_bytes(data)
-    assert video._ends_inside_box(tmp_path / "v") is inside
+    assert video._cut_box(tmp_path / "v") == inside
+    assert video._is_truncated(tmp_path / "v") is fragments
 
 
 def test_a_clock_is_seconds_and_a_raw_film_is_no_text(tmp_path):
