@@ -380,6 +380,8 @@ _WIDTHS = {384: "vits", 768: "vitb", 1024: "vitl", 1280: "vith", 1536: "vitg"}
 def _encoder_of(state: dict[str, Tensor], source: str) -> str:
     """`; they are of dinov2_vits14_reg`: the alias whose network has these tensors, or ""."""
     patches = state.get("patch_embed.proj.weight", torch.empty(0, 0, 0, 0))
+    if patches.ndim != 4:
+        return ""
     size = f"{_WIDTHS.get(patches.shape[0], '?')}{patches.shape[3]}"
     for alias in (alias for alias in ALIASES if size in alias):
         with torch.device("meta"):
@@ -395,9 +397,11 @@ def _encoder_of(state: dict[str, Tensor], source: str) -> str:
 
 def _resized_table(table: Tensor, backbone: Any) -> Tensor:
     """A square position table (1,prefix+n*n,C) on the backbone's own grid."""
+    if table.ndim != 3:
+        return table  # as below
     prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
     side = math.isqrt(max(table.shape[1] - prefix, 0))
-    if table.ndim != 3 or side * side != table.shape[1] - prefix or side == 0:
+    if side * side != table.shape[1] - prefix or side == 0:
         return table  # the caller's shape check reports it
     rows, columns = backbone.patch_embed.grid_size
     return resample_abs_pos_embed(table, new_size=[rows, columns], old_size=[side, side], num_prefix_tokens=prefix)

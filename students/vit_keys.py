@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.core.weights import thirds
+
 # transformers' DINOv2 and DINOv3 names as facebookresearch's; q, k and v are joined afterwards.
 _TRANSFORMERS = [
     (r"^(model\.|dinov2\.)", ""),
@@ -67,9 +69,14 @@ def facebook_keys(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
         out[key] = value
     for key in [key for key in out if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
         query = out.pop(key)
-        content = out.pop(key.replace(".q.", ".v."), query[:0])
-        absent = torch.zeros_like(query) if key.endswith(".bias") else query[:0]  # a DINOv3 has no key bias
+        nothing = query.new_empty(0, *query.shape[1:])
+        content = out.pop(key.replace(".q.", ".v."), nothing)
+        # A DINOv3 has no key bias; anything else that is missing is an error of shapes.
+        absent = torch.zeros_like(query) if key.endswith(".bias") and "storage_tokens" in out else nothing
         keys = out.pop(key.replace(".q.", ".k."), absent)
+        if not query.ndim == keys.ndim == content.ndim > 0 or {query.shape[1:]} != {keys.shape[1:], content.shape[1:]}:
+            shapes = ", ".join(str(tuple(part.shape)) for part in (query, keys, content))
+            raise ValueError(f"{source}: {key} and those of its keys and values have the shapes {shapes}: damaged")
         if "storage_tokens" in out and key.endswith(".bias") and keys.any():
             raise ValueError(
                 f"{source}: {key.replace('.q.', '.k.')} is not zero, and a DINOv3's keys have no bias here"
@@ -90,7 +97,7 @@ def timm_keys(state: dict[str, Tensor], wanted: Mapping[str, Tensor], source: st
     dinov3 = "storage_tokens" in state
     for key, value in state.items():
         if dinov3 and key.endswith("attn.qkv.bias"):
-            query, _, content = value.chunk(3)  # facebookresearch's network multiplies the keys' bias by 0
+            query, _, content = thirds(value)  # facebookresearch's network multiplies the keys' bias by 0
             q_bias, v_bias = (key.replace("qkv.bias", part) for part in ("q_bias", "v_bias"))
             if q_bias in wanted:
                 out[q_bias], out[v_bias] = query, content

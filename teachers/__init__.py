@@ -25,7 +25,7 @@ from distill.core.weights import (
     mentions,
     read_state,
 )
-from distill.teachers._strictly import REPORT_MISMATCHES, check_claimed, load_checked, load_strictly
+from distill.teachers._strictly import REPORT_MISMATCHES, check_claimed, load_checked, load_strictly, sizing_tensors
 from distill.teachers._where import WEIGHT_SUFFIXES, cached_revision, read_config, resolve, revision_of, to_download
 
 # Reading a teacher's settings (distill.teachers._settings) imports this package and must not wait for torch.
@@ -57,6 +57,7 @@ __all__ = [
     "read_state",
     "resolve",
     "revision_of",
+    "sizing_tensors",
     "to_download",
 ]
 

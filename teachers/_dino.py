@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.core.weights import thirds
+
 PATCH = 14
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -70,7 +72,7 @@ def to_transformers(
         if rule is None:
             unknown.append(key)
         elif "{}" in (name := rule[1].expand(rule[0])):
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+            for part, piece in zip(("query", "key", "value"), thirds(tensor), strict=True):
                 renamed[name.format(part)] = piece.contiguous()
         else:
             renamed[name] = tensor

@@ -7,9 +7,12 @@ hf_configs/dpt-sd2.1-unet-after-upsample-general. Shapes: B batch, C channels, h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from distill.teachers._strictly import sizing_tensors
 
 
 class ResidualUnit(nn.Module):
@@ -111,7 +114,8 @@ class DptHead(nn.Module):
         return self.head(self.neck([self.feature_upsample_0(finest), *coarser]))
 
 
-def sized_like(state: Mapping[str, Tensor]) -> DptHead:
-    """A head with the sizes of the tensors in `state`; KeyError where the defining ones are missing."""
-    channels = [state[f"neck.convs.{i}.weight"].shape[1] for i in range(4)]
-    return DptHead(channels, state["neck.convs.0.weight"].shape[0], state["head.head.2.weight"].shape[0])
+def sized_like(state: Mapping[str, Tensor], where: str | Path, *, what: str) -> DptHead:
+    """A head with the sizes of the tensors in `state`; WeightsMismatchError where the defining ones give none."""
+    dimensions = {f"neck.convs.{i}.weight": 4 for i in range(4)} | {"head.head.2.weight": 4}
+    *necks, hidden = sizing_tensors(state, dimensions, where, what=what)
+    return DptHead([tensor.shape[1] for tensor in necks], necks[0].shape[0], hidden.shape[0])

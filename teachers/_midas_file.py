@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.teachers import REPORT_MISMATCHES, WeightsMismatchError, load_checked
+from distill.core.weights import thirds
+from distill.teachers import REPORT_MISMATCHES, WeightsMismatchError, load_checked, sizing_tensors
 
 _BLOCK = {
     "gamma_1": "lambda_1",
@@ -82,22 +83,24 @@ def network_sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             "dpt_beit_large_384.pt, dpt_beit_base_384.pt), or the same as a transformers folder, "
             "Intel/dpt-beit-large-512"
         )
-    try:
-        table = state[_TABLE]
-        patches = (math.isqrt(table.shape[0] - 3) + 1) // 2  # (2 n - 1)**2 offsets, plus three for the class token
-        patch = state["pretrained.model.patch_embed.proj.weight"].shape[-1]
-        return {
-            "width": state["pretrained.model.cls_token"].shape[-1],
-            "blocks": len({m[1] for key in state if (m := re.match(r"pretrained\.model\.blocks\.(\d+)\.", key))}),
-            "heads": table.shape[1],
-            "mlp": state["pretrained.model.blocks.0.mlp.fc1.weight"].shape[0],
-            "size": patches * patch,
-            "patch": patch,
-            "neck": [state[f"pretrained.act_postprocess{i}.3.weight"].shape[0] for i in range(1, 5)],
-            "fusion": state["scratch.layer1_rn.weight"].shape[0],
-        }
-    except KeyError as error:
-        raise WeightsMismatchError(f"{path} lacks {error.args[0]}: a part of MiDaS v3.1 alone") from error
+    dimensions = {_TABLE: 2, "pretrained.model.patch_embed.proj.weight": 4, "pretrained.model.cls_token": 3}
+    dimensions |= {"pretrained.model.blocks.0.mlp.fc1.weight": 2}
+    dimensions |= {f"pretrained.act_postprocess{i}.3.weight": 4 for i in range(1, 5)} | {"scratch.layer1_rn.weight": 4}
+    if missing := next((name for name in dimensions if name not in state), ""):
+        raise WeightsMismatchError(f"{path} lacks {missing}: a part of MiDaS v3.1 alone")
+    table, patches, token, hidden, *necks, fused = sizing_tensors(state, dimensions, path, what="MiDaS v3.1")
+    # (2 n - 1)**2 offsets, plus three for the class token
+    side = (math.isqrt(max(0, table.shape[0] - 3)) + 1) // 2
+    return {
+        "width": token.shape[-1],
+        "blocks": len({m[1] for key in state if (m := re.match(r"pretrained\.model\.blocks\.(\d+)\.", key))}),
+        "heads": table.shape[1],
+        "mlp": hidden.shape[0],
+        "size": side * patches.shape[-1],
+        "patch": patches.shape[-1],
+        "neck": [tensor.shape[0] for tensor in necks],
+        "fusion": fused.shape[0],
+    }
 
 
 def to_transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,7 +111,7 @@ def to_transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if match := re.fullmatch(r"pretrained\.model\.blocks\.(\d+)\.attn\.qkv\.weight", key):
             attention = f"backbone.encoder.layer.{match[1]}.attention.attention"
-            for name, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+            for name, part in zip(("query", "key", "value"), thirds(tensor), strict=True):
                 out[f"{attention}.{name}.weight"] = part.contiguous()
         else:
             out[_name(key)] = tensor

@@ -11,6 +11,7 @@ import safetensors
 
 from distill.core.strictness import mismatches, unmatched
 from distill.core.weights import WeightsMismatchError
+from distill.core.wording import shortened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +24,23 @@ REPORT_MISMATCHES: dict[str, Any] = {"output_loading_info": True, "ignore_mismat
 def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, *, what: str) -> None:
     """Raises WeightsMismatchError that names the first keys, unless both are empty."""
     _raise(unmatched(sorted(missing), sorted(unexpected)), where, what)
+
+
+def sizing_tensors(
+    state: Mapping[str, Tensor], dimensions: Mapping[str, int], where: str | Path, *, what: str
+) -> list[Tensor]:
+    """The tensors whose shapes are a network's sizes, in the order of `dimensions`: name -> number of dimensions.
+
+    Raises WeightsMismatchError that names those that are missing, empty or of another number of dimensions.
+    """
+    check_claimed([name for name in dimensions if name not in state], (), where, what=what)
+    odd = [
+        f"{name} ({tuple(state[name].shape)}, not {count} dimensions)"
+        for name, count in dimensions.items()
+        if state[name].ndim != count or not state[name].numel()
+    ]
+    _raise([f"has another shape for {shortened(odd)}"] if odd else [], where, what)
+    return [state[name] for name in dimensions]
 
 
 def _raise(faults: Sequence[str], where: str | Path, what: str) -> None:

@@ -30,7 +30,6 @@ from distill.teachers import (
     WeightsMismatchError,
     below_prefix,
     card_for,
-    check_claimed,
     check_images,
     check_resize,
     find_weights,
@@ -41,6 +40,7 @@ from distill.teachers import (
     read_state,
     resolve,
     revision_of,
+    sizing_tensors,
 )
 from distill.teachers._da3_network import Network, NetworkLayout
 from distill.teachers._dino import PATCH, normalize
@@ -250,10 +250,10 @@ def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> Ne
         raise WeightsMismatchError(f"{where} holds two networks (nested): use DA3METRIC-LARGE or DA3-GIANT-1.1")
     first = "backbone.pretrained.blocks.0"
     swiglu = f"{first}.mlp.w3.weight" in state
-    defining = ["backbone.pretrained.pos_embed", "head.scratch.output_conv1.weight"]
-    defining += [f"{first}.mlp.{'w3' if swiglu else 'fc2'}.weight", *(f"head.projects.{i}.weight" for i in range(4))]
-    check_claimed([key for key in defining if key not in state], (), where, what="Depth Anything 3")
-    table, fused, last, *projects = (state[key] for key in defining)
+    dimensions = {"backbone.pretrained.pos_embed": 3, "head.scratch.output_conv1.weight": 4}
+    dimensions |= {f"{first}.mlp.{'w3' if swiglu else 'fc2'}.weight": 2}
+    dimensions |= {f"head.projects.{i}.weight": 4 for i in range(4)}
+    table, fused, last, *projects = sizing_tensors(state, dimensions, where, what="Depth Anything 3")
     width = table.shape[-1]
     numbers = [int(key.split(".")[3]) for key in state if key.startswith("backbone.pretrained.blocks.")]
     blocks = 1 + max(numbers, default=-1)
@@ -266,7 +266,8 @@ def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> Ne
         raise WeightsMismatchError(
             f"{where}: {blocks} blocks of width {width} do not fit a published layout or config.json"
         )
-    size = state[f"backbone.pretrained.blocks.{main_from}.attn.q_norm.weight"].shape[0] if normalized else 64
+    norms = {f"backbone.pretrained.blocks.{main_from}.attn.q_norm.weight": 1} if normalized else {}
+    size = next((t.shape[0] for t in sizing_tensors(state, norms, where, what="Depth Anything 3")), 64)
     return NetworkLayout(
         width=width,
         blocks=blocks,

@@ -39,6 +39,7 @@ from distill.teachers import (
     read_config,
     resolve,
     revision_of,
+    sizing_tensors,
 )
 from distill.teachers._described import build_described, described_config, is_described, read_either
 from distill.teachers._dino import PATCH, TRANSFORMERS_NAMES, normalize, position_table, to_transformers
@@ -149,10 +150,9 @@ def rename(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
 def _config(state: dict[str, Tensor], where: str | Path, *, metric: bool) -> Any:
     from transformers import DepthAnythingConfig, Dinov2Config
 
-    levels = [f"neck.reassemble_stage.layers.{i}.projection.weight" for i in range(4)]
-    defining = ["backbone.embeddings.position_embeddings", "head.conv2.weight", "neck.convs.0.weight", *levels]
-    check_claimed([key for key in defining if key not in state], (), where, what="Depth Anything V2")
-    table, last, fused, *sizes = (state[key] for key in defining)
+    dimensions = {"backbone.embeddings.position_embeddings": 3, "head.conv2.weight": 4, "neck.convs.0.weight": 4}
+    dimensions |= {f"neck.reassemble_stage.layers.{i}.projection.weight": 4 for i in range(4)}
+    table, last, fused, *sizes = sizing_tensors(state, dimensions, where, what="Depth Anything V2")
     blocks = len({key.split(".")[3] for key in state if key.startswith("backbone.encoder.layer.")})
     width = table.shape[-1]
     if (width, blocks) not in _TAPS:

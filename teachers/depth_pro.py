@@ -29,6 +29,7 @@ from distill.teachers import (
     read_config,
     resolve,
     revision_of,
+    sizing_tensors,
 )
 from distill.teachers._described import build_described, described_config, read_either
 from distill.teachers._dino import TRANSFORMERS_NAMES, to_transformers
@@ -213,15 +214,12 @@ def _config(state: dict[str, Tensor], where: Path) -> Any:
     """Sizes from the tensors; the blocks that are read from the number of blocks (6th and 12th of 24)."""
     from transformers import DepthProConfig
 
-    names = [
-        "patch_encoder.pos_embed",
-        "patch_encoder.patch_embed.proj.weight",
-        "patch_encoder.blocks.0.mlp.fc1.weight",
-    ]
-    names += ["upsample_latent0.0.weight", "upsample_latent1.0.weight", *(f"upsample{i}.0.weight" for i in (2, 1, 0))]
-    defining = [*(f"encoder.{name}" for name in names), "head.0.weight"]
-    check_claimed([key for key in defining if key not in state], (), where, what="Depth Pro")
-    table, patches, hidden, first, second, *scaled, head = (state[key] for key in defining)
+    vit_part = "encoder.patch_encoder"
+    dimensions = {f"{vit_part}.pos_embed": 3, f"{vit_part}.patch_embed.proj.weight": 4}
+    dimensions |= {f"{vit_part}.blocks.0.mlp.fc1.weight": 2}
+    scales = ("upsample_latent0", "upsample_latent1", "upsample2", "upsample1", "upsample0")
+    dimensions |= {f"encoder.{name}.0.weight": 4 for name in scales} | {"head.0.weight": 4}
+    table, patches, hidden, first, second, *scaled, head = sizing_tensors(state, dimensions, where, what="Depth Pro")
     width, patch = table.shape[-1], patches.shape[-1]
     blocks = len({key.split(".")[3] for key in state if key.startswith("encoder.patch_encoder.blocks.")})
     side = round((table.shape[1] - 1) ** 0.5) * patch

@@ -21,7 +21,6 @@ from torch import Tensor
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
     Card,
-    WeightsMismatchError,
     WeightsMissingError,
     card_for,
     check_images,
@@ -206,9 +205,6 @@ def _head_file(folder: Path, head: str | None) -> Path | None:
 
 def _load_head(file: Path) -> DptHead:
     state = read_state(file)
-    try:
-        head = sized_like(state)
-    except KeyError as error:
-        raise WeightsMismatchError(f"{file} is not a GenPercept DPT head: it has no {error.args[0]}") from error
+    head = sized_like(state, file, what="GenPercept DPT head")
     load_strictly(head, state, file, what="GenPercept DPT head")
     return head.eval()

@@ -26,13 +26,13 @@ from distill.teachers import (
     WeightsMismatchError,
     below_prefix,
     card_for,
-    check_claimed,
     check_images,
     check_resize,
     find_weights,
     load_strictly,
     resolve,
     revision_of,
+    sizing_tensors,
 )
 from distill.teachers._da3_network import NetworkLayout
 from distill.teachers._dino import PATCH
@@ -222,9 +222,8 @@ def _layout(state: Mapping[str, Tensor], description: Mapping[str, Any], where: 
     """The DINOv2's sizes from the tensors; the blocks that are read from the description."""
     prefix = "encoder.backbone."
     swiglu = f"{prefix}blocks.0.mlp.w3.weight" in state
-    defining = [f"{prefix}pos_embed", f"{prefix}blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"]
-    check_claimed([key for key in defining if key not in state], (), where, what="MoGe-2")
-    table, last = (state[key] for key in defining)
+    dimensions = {f"{prefix}pos_embed": 3, f"{prefix}blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight": 2}
+    table, last = sizing_tensors(state, dimensions, where, what="MoGe-2")
     blocks = len({key.split(".")[3] for key in state if key.startswith(f"{prefix}blocks.")})
     taps = description["encoder"]["intermediate_layers"]
     taps = tuple(range(blocks - taps, blocks)) if isinstance(taps, int) else tuple(taps)

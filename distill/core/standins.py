@@ -94,6 +94,8 @@ def fault_of_zip(path: Path) -> str:
     with path.open("rb") as stream:
         if stream.read(2) != b"PK" or not zipfile.is_zipfile(path):
             return ""  # another format, or cut short: its reader reports that
+    if fault := fault_of_list(path):
+        return fault
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if any(name.endswith("/archive_format") for name in names):
@@ -109,6 +111,20 @@ def fault_of_zip(path: Path) -> str:
         return ""
     return (
         f"is damaged: {len(damaged)} of its {len(names)} parts do not match their stored checksums; "
+        "download or copy it again"
+    )
+
+
+def fault_of_list(path: Path) -> str:
+    """Return the fault of a zip whose list of parts does not lie where its last bytes say."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if all(part.header_offset >= 0 for part in archive.infolist()):
+                return ""
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        pass
+    return (
+        "is damaged: bytes were lost or added before its end, as in a resumed download or a transfer as text: "
         "download or copy it again"
     )
 

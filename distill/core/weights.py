@@ -146,8 +146,11 @@ def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tenso
 
 
 def mentions(path: Path, *words: str) -> bool:
-    """Whether all `words` occur in the pickle of a torch file (a zip), which lacks only the tensors' values."""
-    if not zipfile.is_zipfile(path):
+    """Whether all `words` occur in the pickle of a torch file (a zip), which lacks only the tensors' values.
+
+    Not in one that cannot be opened, whose fault `read_state` describes.
+    """
+    if not zipfile.is_zipfile(path) or standins.fault_of_list(path):
         return False
     with zipfile.ZipFile(path) as archive:
         pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -321,6 +324,14 @@ def unchunked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         f"{m[1]}{number[int(m[2]), int(m[3])]}{m[4]}" if (m := chunked.get(key)) else key: tensor
         for key, tensor in state.items()
     }
+
+
+def thirds(tensor: Tensor) -> Sequence[Tensor]:
+    """The parts of queries, keys and values of a joint tensor.
+
+    One that cannot be divided is returned three times: the strict comparison of shapes refuses it.
+    """
+    return tensor.chunk(3) if tensor.ndim and tensor.shape[0] % 3 == 0 else [tensor] * 3
 
 
 # Parts of trainers that do not belong to the network: self-supervision heads, losses, copies.

@@ -23,7 +23,9 @@ from distill.core.weights import (
     WeightsMissingError,
     below_prefix,
     find_weights,
+    mentions,
     read_state,
+    thirds,
     unchunked,
 )
 
@@ -291,6 +293,22 @@ def test_more_bytes_than_a_header_tells_are_not_fewer(tmp_path):
             read_state(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data.replace(b"\n", b"\r\n"), "is damaged: bytes were lost or added before its end"),
+        (lambda data: data[:100] + data[-400:], "is damaged: bytes were lost or added before its end"),
+        (lambda data: data[400:], "cannot be read as weights"),
+    ],
+)
+def test_a_zip_with_bytes_lost_or_added_in_its_middle_is_damaged(tmp_path, change, said):
+    torch.save(RAW | {"lines": torch.full((64,), 10, dtype=torch.uint8)}, tmp_path / "a.pth")
+    (tmp_path / "a.pth").write_bytes(change((tmp_path / "a.pth").read_bytes()))
+    assert not mentions(tmp_path / "a.pth", "weight")
+    with pytest.raises(WeightsMismatchError, match=f"a.pth {said}"):
+        read_state(tmp_path / "a.pth")
+
+
 def kind_of(module: str, name: str, base: type, monkeypatch) -> type:
     """A class as of another package, which the reader must not need."""
     monkeypatch.setitem(sys.modules, module, made := types.ModuleType(module))
@@ -327,3 +345,10 @@ def test_names_of_python_2_are_those_that_torch_compares():
     named = {"copy_reg._reconstructor": "copyreg._reconstructor", "__builtin__.long": "builtins.int"}
     named |= {"__builtin__.set": "builtins.set", "collections.deque": "collections.deque"}
     assert {name: _modern(name) for name in named} == named
+
+
+def test_a_joint_tensor_has_three_parts_or_is_left_for_the_comparison_of_shapes():
+    queries, keys, values = thirds(torch.arange(6.0).reshape(6, 1))
+    assert [part.flatten().tolist() for part in (queries, keys, values)] == [[0, 1], [2, 3], [4, 5]]
+    for odd in (torch.tensor(1.0), torch.zeros(4, 2)):
+        assert [part.shape for part in thirds(odd)] == [odd.shape] * 3

@@ -262,3 +262,43 @@ def test_weights_of_another_encoder_name_theirs(monkeypatch):
 def test_a_hub_id_in_place_of_an_encoder_is_told_its_name():
     with pytest.raises(LookupError, match="did you mean dinov3_vits16plus, with its file as weights"):
         Encoder("facebook/dinov3-vits16plus-pretrain-lvd1689m")
+
+
+def transformers_names(state):
+    """A DINOv2's tensors as transformers names those of one block."""
+    names = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+    out = {}
+    for key, value in state.items():
+        key = names.get(key, key).replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
+        key = key.replace("blocks.", "encoder.layer.").replace("attn.proj", "attention.output.dense")
+        key = re.sub(r"ls([12])\.gamma", r"layer_scale\1.lambda1", re.sub(r"^norm\.", "layernorm.", key))
+        parts = zip(("query", "key", "value"), value.chunk(3), strict=True) if ".attn.qkv." in key else [("", value)]
+        out |= {key.replace("attn.qkv", f"attention.attention.{part}"): piece.clone() for part, piece in parts}
+    return out
+
+
+def test_tensors_of_odd_dimensions_are_refused_and_a_dinov2_has_a_key_bias(tmp_path):
+    options = {"timm_options": {"depth": 1, "embed_dim": 24, "num_heads": 2}, "pos_grid": 2, "final_norm": True}
+    own = dict(randomised(Encoder("dinov2_vits14", **options)).backbone.state_dict())
+    theirs, file = transformers_names(own), tmp_path / "w.safetensors"
+    save_file(theirs, file)
+    assert all(
+        torch.equal(v, own[k])
+        for k, v in Encoder("dinov2_vits14", weights=file, **options).backbone.state_dict().items()
+    )
+    query = "encoder.layer.0.attention.attention.query.weight"
+    for state, said in (
+        (
+            own | {"patch_embed.proj.weight": own["patch_embed.proj.weight"].flatten(1)},
+            r"patch_embed.proj.weight \(\(24, 588",
+        ),
+        (own | {"pos_embed": own["pos_embed"].flatten()}, r"pos_embed \(\(120,\)"),
+        (theirs | {query: theirs[query].flatten()}, r"attn.q.weight .* have the shapes \(576,\), \(24, 24\)"),
+        (
+            {k: v for k, v in theirs.items() if not k.endswith(".key.bias")},
+            r"blocks.0.attn.qkv.bias \(\(48,\), not \(72,",
+        ),
+    ):
+        save_file(state, file)
+        with pytest.raises(ValueError, match=f"w.safetensors.*{said}"):
+            Encoder("dinov2_vits14", weights=file, **options)

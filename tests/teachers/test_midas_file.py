@@ -105,3 +105,14 @@ def test_an_authors_file_in_a_folder_and_inside_a_trainers_file(tmp_path):
     wrapped = midas.Teacher.load(str(tmp_path / "epoch.ckpt"))
     image = torch.rand(1, 3, 64, 64)
     assert torch.equal(whole.predict(image).values, wrapped.predict(image).values)
+
+
+@pytest.mark.parametrize(
+    "key", ["pretrained.model.blocks.0.attn.qkv.weight", "pretrained.model.cls_token", "scratch.layer1_rn.weight"]
+)
+def test_a_tensor_of_other_dimensions_is_refused_by_name(tmp_path, key):
+    _, state = authors_file(tmp_path / "dpt_beit_large_512.pt")
+    for odd in (state[key].flatten()[0].clone(), state[key][None].clone(), state[key][:1].flatten().clone()):
+        torch.save(state | {key: odd}, tmp_path / "dpt_beit_large_512.pt")
+        with pytest.raises(WeightsMismatchError, match=r"dpt_beit_large_512.pt.* another shape for "):
+            midas.Teacher.load(str(tmp_path / "dpt_beit_large_512.pt"))

@@ -89,6 +89,41 @@ def tiny_root(file, name):
     return file.parent.parent if file.parent.name in parts else file.parent
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("depth_anything_3", "model.backbone.pretrained.pos_embed"),
+        ("moge", "encoder.backbone.pos_embed"),
+        ("genpercept_head", "neck.convs.0.weight"),
+    ],
+)
+def test_a_tensor_that_gives_a_size_has_its_dimensions(copy, name, key):
+    """As converters flatten or squeeze tensors: reading a size from them would be an IndexError."""
+    plugin, root = find("distill.teachers", name.removesuffix("_head")), copy(name)
+    files = [file for file in sorted(root.rglob("*")) if file.suffix in (".safetensors", ".pt")]
+    file = next(file for file in files if key in stored(file))
+    for change in (torch.flatten, lambda tensor: tensor.flatten()[0], lambda tensor: tensor[:, :0]):
+        state = stored(file)
+        odd = change(state[key]).clone()
+        if file.suffix == ".pt":
+            torch.save(torch.load(file, weights_only=True) | {"model": state | {key: odd}}, file)
+        else:
+            safetensors.torch.save_file(state | {key: odd}, file)
+        with pytest.raises(
+            WeightsMismatchError, match=rf"{file.name}.* {re.escape(key.removeprefix('model.'))}"
+        ) as error:
+            plugin.Teacher.load(str(tiny_root(file, name)))
+        assert str(tuple(odd.shape)) in one_line(error) or "empty" in str(error.value)
+        if file.suffix == ".pt":
+            torch.save(torch.load(file, weights_only=True) | {"model": state}, file)
+        else:
+            safetensors.torch.save_file(state, file)
+
+
+def stored(file):
+    return torch.load(file, weights_only=True)["model"] if file.suffix == ".pt" else safetensors.torch.load_file(file)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_only_stands_where_weights_should(made, copy, name):
     """A clone without git-lfs, and the page of a login: both are small files under the right name."""
