@@ -38,6 +38,13 @@ _LOOKS_LIKE_SCALE = re.compile(  # an unparsed number or unit: an error, never s
 )
 
 
+_NAMES_SCALE = re.compile(
+    r"\b(?:mm|cm|(?:milli|centi)?met(?:re|er)s?)\b|\b(?:divided?|divisor|multipl\w+|times|factor)\b.*\d"
+)
+"""Words that say what the scale is, but not as a number: "depth in millimetres", "divide by 1000"."""
+_NAMES_NONE = re.compile(r"\b(?:unknown|relative|arbitrary|affine|without|no|not|up to)\b")
+
+
 def scale(text: str) -> float | None:
     """Metres per unit; None for words and for an empty cell. ValueError for a number that cannot be parsed."""
     plain = text.strip().strip("'\"").strip().lower()
@@ -54,7 +61,8 @@ def scale(text: str) -> float | None:
         return float(plain)
     except ValueError:
         pass
-    if plain and "disp" not in plain and _LOOKS_LIKE_SCALE.match(plain):
+    names_scale = _LOOKS_LIKE_SCALE.match(plain) or (_NAMES_SCALE.search(plain) and not _NAMES_NONE.search(plain))
+    if plain and "disp" not in plain and names_scale:
         hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
         raise ValueError(f"scale_to_metres {text!r} is not a number{hint}; words alone mean an unknown scale")
     return None
@@ -82,7 +90,8 @@ def invalid(text: str) -> tuple[float, tuple[float, ...]]:
         if float(upper_bound[1]) > 0:
             raise ValueError(f"invalid {text!r}: bounds must be >=NUMBER; < and <= only work with 0")
         text = text.replace(upper_bound[0], "")
-    if _UNSUPPORTED_RULE.search(text):
+    reversed_bound = re.search(rf"{NUMBER}\s*(?:<|>(?!=?\s*[\d.]))", text)  # 80 < depth
+    if reversed_bound or _UNSUPPORTED_RULE.search(text):
         raise ValueError(
             f"invalid {text!r} is not a supported rule: write values and bounds, as in 0, 65535 or >=65000"
         )

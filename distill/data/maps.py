@@ -6,9 +6,9 @@ bin. Colour pictures of maps, with or without a palette, are refused; a grey pal
 16-bit PNG of `distill predict` stores its range and is converted back to values; TartanAir V2's RGBA PNGs of depth are
 known by their names.
 
-A picture with identical channels is read as grey; one with transparent pixels is refused. Values that a TIFF or HDF5
-file declares to be missing (GDAL's tag or mask, netCDF's _FillValue or valid_range) become NaN; numbers that it
-declares to mean others (scale, offset, unit) are refused, unless the caller applies just that scale.
+A picture with identical channels is read as grey; one with an alpha channel in use is refused. Values that a file says
+are missing (GDAL's tag, mask or transparent grey, netCDF's _FillValue or valid_range) become NaN; numbers that it says
+mean others (scale, offset, unit) are refused, unless the caller applies just that scale.
 
 Shapes: H height, W width of the map as stored.
 """
@@ -122,7 +122,8 @@ def decode_map(data: bytes, name: str = "", quantity: str = "", *, scale: float 
         with contextlib.suppress(*READ_ERRORS):
             return _plane(_choose_map(_mat(data), quantity))
     description = signatures.sniff(data) or signatures.text(data) or (_UNKNOWN if data else "empty")
-    description = "JPEG, which changes the numbers of a map" if description == "JPEG" else description
+    if description == "JPEG":  # JPEG-LS is another: it may be lossless
+        description = damage.odd_jpeg(data).partition(",")[0] or "JPEG, which changes the numbers of a map"
     description += ": unpack it" if signatures.is_packed(description) else ""
     raise BadMapError(f"not a readable {suffix or 'map'} ({description}); supported: {READ}")
 
@@ -130,8 +131,6 @@ def decode_map(data: bytes, name: str = "", quantity: str = "", *, scale: float 
 _MAT_4 = {(1000 * big + 10 * dtype).to_bytes(4, ("little", "big")[big]) for big in (0, 1) for dtype in range(6)}
 """First bytes of MATLAB version 4, which has no signature: byte order and data type, double to uint8."""
 _UNKNOWN = "unknown format: store numbers without a header, as ETH3D and RealSense write them, as .npy"
-
-
 _CUT = ("EOF: reading array", "mmap length is greater", "File is not a zip file", "truncated file")
 """Parts of the messages of NumPy, zipfile and HDF5 about a file that begins well."""
 
@@ -234,7 +233,9 @@ def _png_values(data: bytes, name: str) -> np.ndarray:
             low, high = float(image.info["low"]), float(image.info["high"])
             numbers = (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
             return np.where(values == 0, np.float32(np.nan), numbers) if image.info.get("invalid") == "0" else numbers
-        return values // (255 // (2 ** data[24] - 1)) if data[24] in (2, 4) else values  # Pillow scales them to 255
+        values = values // (255 // (2 ** data[24] - 1)) if data[24] in (2, 4) else values  # Pillow scales them to 255
+        clear = image.info.get("transparency")  # GDAL writes its no-data value as this level
+        return tiffs.with_gaps(values, values == clear) if type(clear) is int and values.dtype.kind == "u" else values
 
 
 def _grey_plane(values: np.ndarray, otherwise: str) -> np.ndarray:

@@ -48,7 +48,7 @@ def as_declared(values: np.ndarray, data: bytes, page: int = 0, mask: int | None
     """Samples with what their file says of them: NaN for GDAL's no-data value and where the page `mask` is zero, a mark
     (data.packing) for a scale."""
     if mask is not None and values.ndim == 2:  # several channels are refused later
-        values = _with_gaps(values, numbers(data, mask) == 0)
+        values = with_gaps(values, numbers(data, mask) == 0)
     try:
         tags = _tags(data, page)
     except (ValueError, OSError, LookupError, TypeError, struct.error):
@@ -65,10 +65,10 @@ def _without_nodata(values: np.ndarray, text: str) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         # The tag is text with more digits than a float32 sample: it is rounded to the samples' dtype before comparing.
         empty = values == (values.dtype.type(nodata) if values.dtype.kind == "f" else nodata)
-    return _with_gaps(values, empty)
+    return with_gaps(values, empty)
 
 
-def _with_gaps(values: np.ndarray, empty: np.ndarray) -> np.ndarray:
+def with_gaps(values: np.ndarray, empty: np.ndarray) -> np.ndarray:
     """Samples with NaN where `empty`; integers become floats then."""
     if not empty.any():
         return values

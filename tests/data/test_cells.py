@@ -46,6 +46,7 @@ def test_a_focal_length_is_a_number_of_pixels_above_zero_or_empty(text, pixels):
             ("words", None),
         ),
         *(("none, not 0.001 m", None), ("relative (0.5-2)", None), ("1/disp", None)),
+        *(("SfM, not in metres", None), ("scene units without metres", None)),
     ],
 )
 def test_a_scale_is_metres_per_unit_or_unknown(text, metres):
@@ -58,6 +59,9 @@ def test_a_scale_is_metres_per_unit_or_unknown(text, metres):
         *(
             ("0,001", "is not a number: write 0.001;"),
             ("-0,5", "is not a number: write -0.5;"),
+            ("depth in millimetres", "is not a number; words alone mean an unknown scale"),
+            ("uint16 mm", "is not a number; words alone"),
+            ("divide by 1000", "is not a number; words alone"),
             ("1/0", "not a number;"),
         ),
         *(("5 feet", "is not a number;"), ("#REF!", "a spreadsheet's error"), ("Err:502", "a spreadsheet's error")),
@@ -72,7 +76,13 @@ def test_a_scale_that_looks_like_a_number_is_no_unknown_one(text, said):
     ("text", "bound", "values"),
     [
         *(("0", math.inf, ()), ("", math.inf, ()), ("0, 255", math.inf, (255.0,)), ("-1, 9", math.inf, (9.0,))),
-        *((">= 80", 80.0, ()), ("\u226580", 80.0, ()), (">80 and 5", 80.0, (5.0,)), (">=90, >=80", 80.0, ())),
+        *(
+            (">= 80", 80.0, ()),
+            ("\u226580", 80.0, ()),
+            (">80 and 5", 80.0, (5.0,)),
+            (">=90, >=80", 80.0, ()),
+            ("0 >=80", 80.0, ()),
+        ),
         *(("<=0, 7", math.inf, (7.0,)), ("\u22640 or 7", math.inf, (7.0,)), ("< 0", math.inf, ())),
         *(("64999", math.inf, (64999.0,)), ("65535", 65000.0, ()), ("70000, 80000", 70000.0, ()), ("1e9", 1e9, ())),
     ],
@@ -90,6 +100,8 @@ def test_an_invalid_cell_has_bounds_and_single_values(text, bound, values):
         ("65.599", "write 65599, or"),
         (">80 metres", "has a unit"),
         ("sky.npy", "sky.npy is a file"),
+        ("80 < depth", "is not a supported rule"),
+        ("80>", "is not a supported rule"),
     ],
 )
 def test_an_invalid_cell_that_cannot_be_kept_to_is_refused(text, said):

@@ -388,3 +388,21 @@ def test_a_file_of_many_maps_that_cannot_be_read_is_named(tmp_path):
 def test_whole_numbers_with_gaps_keep_all_their_digits():
     filled = hdf5s._filled(np.array([-1, 16_777_217], np.int32), {"_FillValue": np.int32(-1)})
     assert np.isnan(filled[0]) and int(filled[1]) == 16_777_217
+
+
+def test_the_transparent_level_of_a_grey_png_is_no_data(tmp_path):
+    """GDAL writes -a_nodata so, whatever the level: 65535 would be 65.535 m."""
+    for dtype, empty in ((np.uint16, 65535), (np.uint8, 255)):
+        Image.fromarray(np.array([[7, empty], [0, 12]], dtype)).save(tmp_path / "a.png", transparency=empty)
+        values = read_map(tmp_path / "a.png")
+        assert np.isnan(values[0, 1]) and values[~np.isnan(values)].tolist() == [7, 0, 12]
+        Image.fromarray(np.array([[7, 3], [0, 12]], dtype)).save(tmp_path / "a.png", transparency=empty)
+        assert read_map(tmp_path / "a.png").dtype == dtype
+
+
+def test_a_jpeg_that_is_none_of_the_usual_is_named(tmp_path):
+    import imagecodecs
+
+    (tmp_path / "a.jls").write_bytes(imagecodecs.jpegls_encode(np.arange(12, dtype=np.uint16).reshape(3, 4)))
+    with pytest.raises(BadMapError, match=r"not a readable \.jls \(JPEG-LS of 16 bits per sample\); supported"):
+        read_map(tmp_path / "a.jls")
