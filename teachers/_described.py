@@ -7,10 +7,12 @@ build the network.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.core.files import decoded
 from distill.core.weights import WeightsMismatchError, below_prefix, find_weights, read_state
 from distill.teachers._strictly import REPORT_MISMATCHES, load_checked
 from distill.teachers._where import read_config
@@ -73,8 +75,14 @@ def _check_whole(file: Path) -> None:
 
 def described_config(config_class: Any, folder: Path, *, what: str) -> Any:
     """The configuration in a folder's config.json; WeightsMismatchError if it cannot be read as one."""
+    read_config(folder / "config.json")  # whose error names this file, and not the copy
     try:
-        return config_class.from_pretrained(folder)
+        if not (folder / "config.json").is_file():
+            return config_class.from_pretrained(folder)
+        # transformers reads UTF-8 without a mark alone; editors on Windows write a mark, or UTF-16.
+        with tempfile.TemporaryDirectory() as plain:
+            Path(plain, "config.json").write_text(decoded((folder / "config.json").read_bytes()), encoding="utf-8")
+            return config_class.from_pretrained(plain)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise WeightsMismatchError(f"{folder / 'config.json'} does not describe a {what}: {reason}") from error

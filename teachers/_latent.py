@@ -38,7 +38,7 @@ from distill.teachers import (
     read_state,
     resolve,
 )
-from distill.teachers._described import read_described
+from distill.teachers._described import described_config, read_described
 
 _log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def _load_part(
     state = {_OLD_ATTENTION.sub(lambda m: m[1] + _ATTENTION[m[2]] + m[3], key): v for key, v in state.items()}
     # Drawing random weights takes longer than reading the file; those that it may lack are drawn.
     with contextlib.nullcontext() if optional else torch.device("meta"):
-        network = part.from_config(part.load_config(config))
+        network = part.from_config(read_config(config / "config.json"))
     drawn = {key: tensor for key, tensor in network.state_dict().items() if key.startswith(optional or "\0")}
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in (drawn | state).items()}
     load_strictly(network, state, file, what=what)
@@ -179,13 +179,20 @@ def _empty_prompt(folder: Path, what: str) -> Tensor:
     file = find_weights(folder / "text_encoder", ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"))
     if not (folder / "tokenizer").is_dir():
         raise WeightsMissingError(f"{folder} has no tokenizer/: complete the folder")
-    encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+    part = f"{what} text encoder"
+    encoder = CLIPTextModel(described_config(CLIPTextConfig, folder / "text_encoder", what=part))
     prefixed = all(key.startswith("text_model.") for key in encoder.state_dict())
     plain = {key.removeprefix("text_model."): tensor.float() for key, tensor in read_state(file).items()}
     plain.pop("embeddings.position_ids", None)
     state = {f"text_model.{key}" if prefixed else key: tensor for key, tensor in plain.items()}
-    load_strictly(encoder, state, file, what=f"{what} text encoder")
-    tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")("", padding="do_not_pad").input_ids
+    load_strictly(encoder, state, file, what=part)
+    for table in sorted((folder / "tokenizer").glob("*.json")):
+        read_config(table)  # whose error has a class and the file's name: the tokenizer's own is a bare Exception
+    try:
+        tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")("", padding="do_not_pad").input_ids
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsMismatchError(f"{folder / 'tokenizer'} is not a readable tokenizer of CLIP: {reason}") from error
     with torch.no_grad():
         return encoder.eval()(torch.tensor([tokens])).last_hidden_state
 

@@ -208,7 +208,8 @@ def load_scheduler(folder: Path) -> Any:
     file = folder / "scheduler_config.json"
     if not file.is_file():
         raise WeightsMissingError(f"{folder} has no scheduler_config.json: complete the folder, or it is no Marigold")
-    name = read_config(file).get("_class_name")
+    table = read_config(file)
+    name = table.get("_class_name")
     if name not in ("DDIMScheduler", "LCMScheduler"):
         raise WeightsMismatchError(f"{file}: Marigold is sampled with DDIMScheduler or LCMScheduler, not {name}")
-    return getattr(diffusers, name).from_pretrained(folder)
+    return getattr(diffusers, name).from_config(table)

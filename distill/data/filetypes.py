@@ -22,7 +22,10 @@ PHOTOS = (
 FILMS = (
     *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mts", ".m2ts", ".mpg", ".mpeg", ".mpe", ".m2v", ".vob"),
     *(".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".mxf", ".y4m", ".qt", ".insv", ".lrv"),
+    *(".m2t", ".m1v", ".divx", ".ogm", ".rm", ".rmvb", ".dv", ".ivf", ".mjpeg"),
+    *(".h264", ".264", ".h265", ".265", ".hevc"),
 )
+"""Suffixes of films; not .ts, which names programs in TypeScript far more often: such a film is given by its name."""
 RAWS = (
     *(".dng", ".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".sr2", ".srf", ".pef", ".orf", ".rw2", ".raf", ".raw"),
     *(".srw", ".x3f", ".3fr", ".fff", ".iiq", ".erf", ".kdc", ".dcr", ".mrw", ".mos", ".rwl", ".gpr"),

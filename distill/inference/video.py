@@ -32,6 +32,7 @@ from distill.data.photos import BadImageError
 av.logging.set_level(av.logging.PANIC)
 
 
+_WITH_LENGTH = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "asf", "mxf", "rm")
 _CUT = "it is cut short, and the description of its encoding is lost: copy it again"
 
 
@@ -79,7 +80,8 @@ class Film:
         rates = (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate)
         self.rate = next((float(rate) for rate in rates if rate and 0.01 <= rate <= 1000), 25.0)
         self.total = self._stored = max(0, self._stream.frames)
-        self._is_mov = "mov" in self._container.format.name
+        self._format = self._container.format.name
+        self._is_mov = "mov" in self._format
         self._truncated = _is_truncated(path)
         self._size: tuple[int, int] | None = None
         if self._is_mov and self._stream.duration and self._stream.time_base:
@@ -97,7 +99,7 @@ class Film:
         count, lost, end = 0, 0, 0.0
         seen_whole = False
         # Packets of a joined transport stream are flagged at every joint, though nothing is missing there.
-        flags_mean_damage = self._container.format.name != "mpegts"
+        flags_mean_damage = self._format != "mpegts"
         deinterlacer = _Deinterlacer()
         try:
             for packet in self._packets():
@@ -153,7 +155,8 @@ class Film:
             return f"no frame of this video can be decoded (its codec is {self._codec_name})"
         # The header counts stored frames and assumes an even rate, so only the end time is compared.
         complete = not self._truncated and (not self._end_s or last >= self._end_s - 2 / self.rate)
-        zeros = _ends_in_zeros(self._path) and not (self._is_mov and complete)
+        # Formats that say how long they are may end in padding.
+        zeros = _ends_in_zeros(self._path) and not (complete and self._format in _WITH_LENGTH)
         if not complete or (zeros and count != self._stored):
             damage_note = f"; {lost} frames are damaged too" if lost > 1 else ""  # one: the frame at the cut
             damage_note += "; it ends in zeros, as an unfinished download does" if zeros else ""

@@ -17,6 +17,8 @@ READ, FILM, REFUSED = "read", "film", "refused"
         ("desktop.ini/a.hif", READ),
         ("a.MKV", FILM),
         ("a.LRV", FILM),
+        ("a.hevc", FILM),
+        ("a.ts", ".ts"),
         ("a.NEF", REFUSED),
         ("a.jxl", REFUSED),
         ("x.depth/a.b.png", READ),

@@ -103,3 +103,29 @@ def test_a_quantised_network_and_an_adapter_are_not_read_without_them(made, copy
     (weights / "adapter_config.json").write_text("{}")
     with pytest.raises(WeightsMismatchError, match=r"merge it"):
         read(made, "depth_anything_v2", weights)
+
+
+@pytest.mark.parametrize("name", ["midas", "marigold"])
+def test_a_configuration_that_an_editor_stored_anew_is_read(made, copy, name):
+    """Notepad puts a mark before UTF-8, or writes UTF-16; the libraries' own readers refuse both as no JSON."""
+    folder = copy(name)
+    parts = {"config.json", "scheduler_config.json", "model_index.json"}
+    for number, file in enumerate(sorted(file for file in folder.rglob("*.json") if file.name in parts)):
+        file.write_text(file.read_text(encoding="utf-8"), encoding=("utf-8-sig", "utf-16")[number % 2])
+    assert read(made, name, folder).card.kind == load(made, name).card.kind
+
+
+def test_a_damaged_configuration_or_tokenizer_is_named(made, copy):
+    folder = copy("marigold")
+    for inside, said in (
+        ("tokenizer/vocab.json", r"tokenizer/vocab.json is not readable JSON .*: download it again"),
+        ("text_encoder/config.json", r"text_encoder/config.json is not readable JSON .*: download it again"),
+        ("scheduler/scheduler_config.json", r"scheduler_config.json is not readable JSON .*: download it again"),
+        ("vae/config.json", r"vae/config.json is not readable JSON .*: download it again"),
+    ):
+        whole = (folder / inside).read_bytes()
+        (folder / inside).write_text("<html>")
+        with pytest.raises(WeightsMismatchError, match=said) as error:
+            read(made, "marigold", folder)
+        assert "/tmp" not in str(error.value).replace(str(folder), "")
+        (folder / inside).write_bytes(whole)
