@@ -158,9 +158,13 @@ def read_prediction(
         remedy = "resize it to the image" if crop == "none" else f"crop it like the truth ({crop})"
         raise BadPredictionError(f"the map is {values.shape}, but the truth is {size}: {remedy} before storing")
     is_integer = values.dtype.kind != "f"
-    if is_integer and is_metric and path.suffix.lower() != ".npy":
+    gaps = np.zeros(0, bool) if is_integer else np.isnan(values)
+    # Integers with gaps were read as floats with NaN.
+    had_integers = is_integer or (gaps.any() and bool((values[~gaps] == np.floor(values[~gaps])).all()))
+    if had_integers and is_metric and path.suffix.lower() != ".npy":
         raise BadPredictionError(
-            f"integers ({values.dtype}) of unknown unit: store metres as .npy, or score another kind"
+            f"integers ({values.dtype}{'' if is_integer else ' with gaps'}) of unknown unit: store metres as .npy, or "
+            "score another kind"
         )
     remarks = [] if values.dtype.itemsize >= 4 and not is_integer else [f"stored as {values.dtype}"]
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is told

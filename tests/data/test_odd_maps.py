@@ -396,6 +396,9 @@ def test_the_transparent_level_of_a_grey_png_is_no_data(tmp_path):
         Image.fromarray(np.array([[7, empty], [0, 12]], dtype)).save(tmp_path / "a.png", transparency=empty)
         values = read_map(tmp_path / "a.png")
         assert np.isnan(values[0, 1]) and values[~np.isnan(values)].tolist() == [7, 0, 12]
+        with pytest.raises(BadPredictionError, match="integers .* with gaps. of unknown unit"):
+            read_prediction(tmp_path / "a.png", (2, 2), Kind.METRIC_DEPTH)
+        assert np.isnan(read_prediction(tmp_path / "a.png", (2, 2), Kind.SCALE_DEPTH)[0][0, 1])
         Image.fromarray(np.array([[7, 3], [0, 12]], dtype)).save(tmp_path / "a.png", transparency=empty)
         assert read_map(tmp_path / "a.png").dtype == dtype
 
