@@ -160,7 +160,8 @@ def read_prediction(
     is_integer = values.dtype.kind != "f"
     gaps = np.zeros(0, bool) if is_integer else np.isnan(values)
     # Integers with gaps were read as floats with NaN.
-    had_integers = is_integer or (gaps.any() and bool((values[~gaps] == np.floor(values[~gaps])).all()))
+    measured = values[~gaps] if gaps.any() else values[:0]
+    had_integers = is_integer or (measured.size > 0 and bool((measured == np.floor(measured)).all()))
     if had_integers and is_metric and path.suffix.lower() != ".npy":
         raise BadPredictionError(
             f"integers ({values.dtype}{'' if is_integer else ' with gaps'}) of unknown unit: store metres as .npy, or "

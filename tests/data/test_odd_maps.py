@@ -409,3 +409,8 @@ def test_a_jpeg_that_is_none_of_the_usual_is_named(tmp_path):
     (tmp_path / "a.jls").write_bytes(imagecodecs.jpegls_encode(np.arange(12, dtype=np.uint16).reshape(3, 4)))
     with pytest.raises(BadMapError, match=r"not a readable \.jls \(JPEG-LS of 16 bits per sample\); supported"):
         read_map(tmp_path / "a.jls")
+
+
+def test_a_map_without_any_number_is_not_called_integers(tmp_path):
+    np.savez(tmp_path / "a.npz", depth=np.full((2, 2), np.nan, np.float32))
+    assert np.isnan(read_prediction(tmp_path / "a.npz", (2, 2), Kind.METRIC_DEPTH)[0]).all()
