@@ -88,7 +88,9 @@ def missing_weights(subject: Subject) -> None:
         text = str(error)
         require("nowhere" in text and "\n" not in text and len(text) < 500, f"{type(error).__name__}: {text}")
         return
-    raise ContractError(f"load({weights!r}) raised nothing")
+    raise ContractError(
+        f"load({weights!r}) raised nothing; a teacher without weights refuses any but its card's word for them"
+    )
 
 
 def prediction(subject: Subject) -> None:

@@ -22,7 +22,7 @@ def _maps() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def compares_per_image(subject: Subject) -> None:
-    """`compare(pred, target, valid)` gives a `Comparison` of loss, live and dead, (B,) each; 0 for two equal maps."""
+    """`compare(pred, target, valid)` gives a `Comparison` of loss, live and dead, (B,) each; 0 for two equal maps. Its keywords `trim_top`, `label_only`, `weight` are needed only where a recipe sets them."""  # noqa: E501 - the promise is one line
     pred, target, valid = _maps()
     comparison = subject.module.compare(pred, target, valid)
     require(isinstance(comparison, Comparison), f"it gave {type(comparison).__name__}")
@@ -52,7 +52,9 @@ def only_valid_pixels_count(subject: Subject) -> None:
     of_pred, of_target = (one.grad for one in spoilt)
     finite = of_pred is not None and bool(torch.isfinite(of_pred).all())
     require(finite, "the prediction's gradient is missing or not finite")
-    require(of_target is None or not of_target.any(), "the label has a gradient")
+    require(
+        of_target is None or not of_target.any(), "the label has a gradient: compute with target.detach() in its place"
+    )
 
 
 NORMALIZATIONS: tuple[Contract, ...] = (compares_per_image, says_what_it_ignores, only_valid_pixels_count)

@@ -6,6 +6,9 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,7 +38,12 @@ def compare(
     if not reference_hdn or not plugin.LEVELS:
         if contexts != "dr":
             raise ValueError(f"contexts = {contexts!r} needs reference_hdn and a normalization with contexts")
-        return plugin.compare(pred, target, valid, trim_top=trim_top, label_only=label_only, weight=weight)
+        options: dict[str, Any] = {"trim_top": trim_top} if trim_top else {}
+        options |= {"label_only": True} if label_only else {}
+        options |= {"weight": weight} if weight is not None else {}
+        if options and (missing := options.keys() - _keywords(plugin.compare)):
+            raise ValueError(f"normalization {normalization!r}: its compare takes no {min(missing)}, which is asked for")
+        return plugin.compare(pred, target, valid, **options)
     if trim_top or label_only or weight is not None:
         raise ValueError("reference_hdn is HDN's released loss, which knows no trim_top, label_only or weights")
     # With one context: that code's SSIMAE, which does include the maximum.
@@ -43,6 +51,12 @@ def compare(
     number = sum(level**2 if contexts == "ds" else level for level in plugin.LEVELS)
     live = torch.full_like(valid[:, 0, 0], number, dtype=torch.long)
     return Comparison(loss, live, torch.zeros_like(live))
+
+
+@lru_cache
+def _keywords(compare: Callable[..., Comparison]) -> frozenset[str]:
+    """The names that a plug-in's `compare` takes."""
+    return frozenset(inspect.signature(compare).parameters)
 
 
 def distillation_loss(

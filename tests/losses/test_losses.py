@@ -318,6 +318,17 @@ def test_unknown_normalization_names_the_known_ones():
         distillation_loss(pred, target, valid, "hybird")
 
 
+def test_a_normalization_needs_only_the_keywords_that_are_asked_for(tmp_path):
+    (tmp_path / "plain.py").write_text(
+        "from distill.losses.normalize import none\n\n\ndef compare(pred, target, valid):\n"
+        "    return none.compare(pred, target, valid)\n\n\nLEVELS = ()\nINVARIANT = False\n"
+    )
+    maps, name = example(), str(tmp_path / "plain.py")
+    assert torch.equal(distillation_loss(*maps, name), distillation_loss(*maps, "none"))
+    with pytest.raises(ValueError, match="plain.py': its compare takes no trim_top, which is asked for"):
+        distillation_loss(*maps, name, trim_top=0.1)
+
+
 @pytest.mark.parametrize(("contexts", "number"), [("dr", 7), ("dp", 7), ("ds", 1 + 4 + 16)])
 def test_the_released_loss_says_how_many_contexts_it_has(contexts, number):
     found = compare(*example(1, (1, 24, 24)), "hybrid", reference_hdn=True, contexts=contexts)
