@@ -191,16 +191,14 @@ def from_pretrained(
 
 
 def fetch(name: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a student: "pocket" (the built-in one), a folder, a run's folder, or OWNER/NAME on the hub.
+    """The folder of a student: "pocket" (the built-in one), a folder (see `located`), or OWNER/NAME on the hub.
 
     A hub id is downloaded once, by huggingface_hub, where no such folder exists; revision: its branch, tag or commit.
     Raises FileNotFoundError or OSError in one line if there is none, or no network.
     """
     if name == EMBEDDED:
         return Path(distill.__file__).parent / "assets" / EMBEDDED
-    folder = Path(name).expanduser()
-    if not (folder / DESCRIPTION).is_file() and (folder / OF_A_RUN).is_dir():
-        return folder / OF_A_RUN
+    folder = located(name)
     if folder.exists() or isinstance(name, Path):
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
@@ -212,6 +210,14 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
     except hub.HubError as error:
         near = did_you_mean(name, map(str, folder.parent.glob("*")))
         raise OSError(f"{name}: no such folder here, and {error}{near}") from error
+
+
+def located(folder: str | Path) -> Path:
+    """The student's folder in a run's folder, in its train/ or in one of its checkpoints; else `folder` itself."""
+    folder = Path(folder).expanduser()
+    if (folder / DESCRIPTION).is_file():
+        return folder
+    return next((inner for inner in (folder / OF_A_RUN, folder / OF_A_RUN.name) if inner.is_dir()), folder)
 
 
 def push_to_hub(

@@ -68,7 +68,7 @@ class Teacher:
         native_size: int | None = None,
         encoder_weights: str | None = None,
     ) -> Teacher:
-        """The student in folder `weights` ("pocket": the embedded one).
+        """The student in folder `weights`, also a run's or a checkpoint's ("pocket": the embedded one).
 
         encoder_weights: the frozen encoder's, for a folder that holds only the decoder. native_size: overrides the
         training size in student.json.
@@ -76,7 +76,7 @@ class Teacher:
         from distill.students import checkpoint  # imports timm, too slow for `distill list`
 
         check_resize(resize, native_size)
-        folder = pocket() if weights == "pocket" else Path(weights).expanduser()
+        folder = pocket() if weights == "pocket" else checkpoint.located(weights)
         if not folder.exists():
             raise WeightsMissingError(
                 f'weights {weights!r}: no such folder; give one that `distill train` wrote, or "pocket"'

@@ -121,7 +121,7 @@ def _check_not_replaced(folder: Path, out: Path, options: ExportOptions) -> None
     if not (out / checkpoint.WEIGHTS).is_file():
         return
     if out.resolve() != folder.resolve():
-        raise ValueError(f"{out} holds another student: export to another folder, or replace it with --overwrite")
+        raise ValueError(f"{out} holds a student already: export to another folder, or replace it with --overwrite")
     stored = checkpoint.describe(folder)["weights"].get("dtype")
     if options.bits != 32 and (stored != _STORED[options.bits] or options.calibrate):
         raise ValueError(_replace_message(out, f"--bits {options.bits}"))

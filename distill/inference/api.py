@@ -140,6 +140,9 @@ class Model:
         self.estimator = estimator
         self.card = estimator.card
 
+    def __repr__(self) -> str:
+        return f"Model({self.card.name}, {self.card.weights}, {self.card.kind})"
+
     def __call__(self, images: Any, *, fov: float | None = None, intrinsics: Any = None) -> Any:
         """Return a Depth for a picture, a list of them for a batch or a list, a generator of them for another iterable.
 

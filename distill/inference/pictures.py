@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.data.photos import decode, decode_opened, not_a_file
+from distill.data.filetypes import is_film
+from distill.data.photos import BadImageError, decode, decode_opened, not_a_file
 
 CHANNELS = (1, 3, 4)
 SLACK = 0.25
@@ -75,7 +76,13 @@ def picture(image: Picture) -> Tensor:
             raise ValueError(f"{path}: {fault}")
         if "://" in str(image) and not path.exists():
             raise FileNotFoundError(f"{image}: a URL, but only local files are read: download it")
-        return decode(path.read_bytes())
+        try:
+            return decode(path.read_bytes())
+        except BadImageError as error:
+            if not is_film(path.name):
+                raise
+            line = f"{path}: a video: run distill predict {path}, or give its frames, such as a generator of arrays"
+            raise ValueError(line) from error
     if isinstance(image, bytes | bytearray | memoryview):
         return decode(bytes(image))
     if is_file(image):

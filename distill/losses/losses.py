@@ -42,7 +42,9 @@ def compare(
         options |= {"label_only": True} if label_only else {}
         options |= {"weight": weight} if weight is not None else {}
         if options and (missing := options.keys() - _keywords(plugin.compare)):
-            raise ValueError(f"normalization {normalization!r}: its compare takes no {min(missing)}, which is asked for")
+            raise ValueError(
+                f"normalization {normalization!r}: its compare takes no {min(missing)}, which is asked for"
+            )
         return plugin.compare(pred, target, valid, **options)
     if trim_top or label_only or weight is not None:
         raise ValueError("reference_hdn is HDN's released loss, which knows no trim_top, label_only or weights")

@@ -243,12 +243,23 @@ def test_the_built_in_model_and_a_run(tmp_path):
     from distill.students import checkpoint
 
     (run / "train" / "student").symlink_to(checkpoint.fetch("pocket"), target_is_directory=True)
-    again = distill.load(run, device="cpu")(photo)
-    assert torch.equal(again.values, depth.values)
+    again = distill.load(run, device="cpu")
+    assert torch.equal(again(photo).values, depth.values)
+    assert repr(again) == f"Model(checkpoint, {run / 'train' / 'student'}, affine_disparity)"
+    assert checkpoint.located(run / "train") == checkpoint.located(run) == run / "train" / "student"
+    taught = distill.load_teacher("checkpoint", str(run), device="cpu")
+    assert torch.equal(taught(photo).values, depth.values)
     with pytest.raises(ValueError, match="less than one patch"):
         distill.load("pocket", device="cpu", size=5)
     with pytest.raises(ValueError, match="^size must be a positive number of pixels, not 0"):
         distill.load("pocket", device="cpu", size=0)
+
+
+def test_a_film_is_told_where_films_go(tmp_path):
+    film = tmp_path / "clip.mp4"
+    film.write_bytes(b"\0\0\0\x18ftypisom" + bytes(range(1, 200)))
+    with pytest.raises(ValueError, match="clip.mp4: a video: run distill predict .*clip.mp4, or give its frames"):
+        distill.load("pocket", device="cpu")(film)
 
 
 def test_a_teacher_by_name():
