@@ -94,6 +94,15 @@ def labels_folder(recipe: Recipe) -> Path:
     return root / address
 
 
+def labels_of_another_run(recipe: Recipe) -> Path | None:
+    """Finished labels of the same address in a run beside this recipe's, which labels.root could name; None if none."""
+    folder = labels_folder(recipe)
+    if recipe.labels.root or (folder / MANIFEST).is_file():
+        return None
+    found = sorted(recipe.run.folder.parent.glob(f"*/labels/{folder.name}/{MANIFEST}"))
+    return found[0].parent if found else None
+
+
 def labels_address(recipe: Recipe) -> str:
     """What identifies the labels that a recipe trains on: labels.root may itself be a labels folder, of any name."""
     folder = labels_folder(recipe)
@@ -153,7 +162,9 @@ def training_labels(recipe: Recipe) -> LabelDataset | OnlineDataset:
         with mutex(folder):  # one process of a machine fetches, the others wait for it
             mirror.fetch(source, folder, cached=limit > 0)
     if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
+        other = labels_of_another_run(recipe)
+        way = f"; or use those of another run: --set labels.root={other}" if other else ""
+        raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first{way}")
     # A folder without CACHED was made here or fetched whole: its tars are never evicted.
     cache = TarCache(source, folder, limit) if limit and (folder / CACHED).is_dir() else None
     keys = read_names(recipe.labels.names) if recipe.labels.names else None

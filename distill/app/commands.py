@@ -107,7 +107,7 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
     teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)
     references = teaching.float32_twins(recipe, on=device)
     if build.process()[0] == 0 and not recipe.labels.meeting:
-        _note_moved_labels(recipe, folder, images, teachers)
+        _note_other_labels(recipe, folder, images, teachers)
     size, labeller = recipe.crops.size, cast(Callable[..., Any], label)
     measure = partial(tune, folder, teachers, recipe.labels, size=size, device=device, references=references)
     if worker or build.process()[1] > 1 or recipe.labels.meeting:
@@ -133,8 +133,14 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
     )
 
 
-def _note_moved_labels(recipe: Recipe, folder: Path, images: list[InputShard], teachers: teaching.Teachers) -> None:
-    """Logs where finished labels of the same files are, under another address because the images' path was another."""
+def _note_other_labels(recipe: Recipe, folder: Path, images: list[InputShard], teachers: teaching.Teachers) -> None:
+    """Logs where finished labels of the same files are: another run's, or from when the images' path was another."""
+    if not (folder / shards.SETTINGS).is_file() and (same := build.labels_of_another_run(recipe)):
+        note(
+            f"{same} has finished labels of this recipe's images, crops and teachers; they are made again here. To use "
+            f"those instead, stop this command and add --set labels.root={same}"
+        )
+        return
     settings = settings_of(teachers, recipe.crops, recipe.labels, seed=recipe.run.seed)
     if match := moved.find_moved_labels(folder, settings, images, recipe.crops, recipe.labels):
         other, name = match
@@ -170,7 +176,8 @@ def print_label_outcome(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, 
             note(f"  ignored: {summarize_counts(manifest['passed'])}")
         if not count:
             raise ValueError(
-                f"{folder}: nothing was labelled because no image was usable; fix the quarantined ones above"
+                f"{folder}: nothing was labelled because no image was usable; fix the quarantined ones above "
+                '(those that are too small: a lower crops.min_side, or crops.on_small = "use")'
             )
         if recipe.labels.mirror and send:
             with progress("send to the mirror") as report:

@@ -152,7 +152,9 @@ def is_done(
 def _is_same(out: Path, part: Part, before: Mapping[str, Any], teachers: Teachers) -> bool:
     """Whether the part was made from the current images: False where it has grown, ValueError where it differs."""
     keys = [entry.key for entry in part.entries]
-    delete = f"label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].* in this one"
+    delete = (
+        f"label into another folder (--set run.name=NAME), or delete {part.shard.stem}-[0-9][0-9][0-9].* in this one"
+    )
     if before["images"] != keys or before["of"] != part.of:
         grown = before["images"] == keys[: len(before["images"])]
         if not grown and part.shard.is_tar:

@@ -7,8 +7,6 @@ Shapes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +39,7 @@ def compare(
         options: dict[str, Any] = {"trim_top": trim_top} if trim_top else {}
         options |= {"label_only": True} if label_only else {}
         options |= {"weight": weight} if weight is not None else {}
-        if options and (missing := options.keys() - _keywords(plugin.compare)):
+        if options and (missing := options.keys() - inspect.signature(plugin.compare).parameters.keys()):
             raise ValueError(
                 f"normalization {normalization!r}: its compare takes no {min(missing)}, which is asked for"
             )
@@ -53,12 +51,6 @@ def compare(
     number = sum(level**2 if contexts == "ds" else level for level in plugin.LEVELS)
     live = torch.full_like(valid[:, 0, 0], number, dtype=torch.long)
     return Comparison(loss, live, torch.zeros_like(live))
-
-
-@lru_cache
-def _keywords(compare: Callable[..., Comparison]) -> frozenset[str]:
-    """The names that a plug-in's `compare` takes."""
-    return frozenset(inspect.signature(compare).parameters)
 
 
 def distillation_loss(

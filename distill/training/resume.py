@@ -50,6 +50,8 @@ def resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
         if run.log.damaged:
             tell(f"{run.log.path}: damaged lines skipped: {run.log.damaged}")
+        if saved is not None and run.step < run.settings.steps:
+            tell(f"resuming at step {run.step} of {run.settings.steps}")
         if saved is not None and (line := _batchnorm_warning(run)):
             tell(line)
         facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
@@ -128,5 +130,6 @@ def check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
     if differences:
         raise ValueError(
             f"{run.out} holds a run, at step {saved.step}, that this one cannot continue: {'; '.join(differences)}. "
-            f"Restore its settings, or choose another output folder"
+            f"Restore its settings, or choose another output folder; to train its student further there, "
+            f"student.init_from = {str(run.out)!r}"
         )

@@ -136,7 +136,7 @@ def test_who_labels_and_with_what(tmp_path, monkeypatch, capsys, worker, process
     looked: list = []
     monkeypatch.setattr(commands, "as_table", lambda recipe: {"a": "table"})
     monkeypatch.setattr(commands, "input_shards", lambda recipe: [])
-    monkeypatch.setattr(commands, "_note_moved_labels", lambda *given: looked.append("moved"))
+    monkeypatch.setattr(commands, "_note_other_labels", lambda *given: looked.append("moved"))
     monkeypatch.setattr(commands, "in_turn", lambda meeting, path, measure: measure())
     monkeypatch.setattr(commands, "worker_meeting", lambda recipe, folder: "the meeting")
     monkeypatch.setattr(commands, "tune", lambda *_, **__: (labels, {"from_float32": {"t": {"median": 0.0123}}}))

@@ -108,3 +108,24 @@ def test_labels_folders_of_one_name_are_told_apart_by_what_is_in_them(path, tmp_
     assert run(first) == build.identity(recipe.load(path)), "named by their hash, as runs begun before know them"
     (there / MANIFEST).unlink()
     assert build.labels_address(recipe.load(path, [f"labels.root={there}"])) == first.name, "to be labelled there"
+
+
+def test_another_runs_labels_are_told_of_and_used(tmp_path, capsys):
+    path = tmp_path / "r.toml"
+    for i in range(2):
+        grey(tmp_path / "one" / "pics" / f"{i}.png", 9 * i, size=(40, 40))
+    path.write_text(RECIPE.format(folder=tmp_path).replace("/run", "/runs/a"))
+    second = ["--set", f"run.out={tmp_path}/runs/b"]
+    with pytest.raises(FileNotFoundError, match="with this recipe first$"):
+        build.training_labels(recipe.load(path))
+    assert main(["label", str(path)]) == 0
+    old = build.labels_folder(recipe.load(path))
+    assert build.labels_of_another_run(recipe.load(path)) is None, "its own"
+    with pytest.raises(FileNotFoundError, match=f"or use those of another run: --set labels.root={old}"):
+        build.training_labels(recipe.load(path, [second[1]]))
+    assert f"add --set labels.root={old}" not in capsys.readouterr().err.replace("\n", " ")
+    assert main(["label", str(path), *second]) == 0
+    assert f"add --set labels.root={old}" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["label", str(path), *second]) == 0, "begun before: nothing is told again"
+    assert "labels.root" not in capsys.readouterr().err
+    assert len(build.training_labels(recipe.load(path, [second[1], f"labels.root={old}"]))) == 2

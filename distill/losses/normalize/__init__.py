@@ -7,11 +7,9 @@ A plug-in is a file with
                 HDN's loss
     compare(pred, target, valid, *, trim_top=0.0, label_only=False, weight=None) -> Comparison
 
-A plug-in may leave out keywords: only those that a recipe sets are passed, and one that is missing is an error then.
-
 pred, target: (B,H,W) floating. valid: (B,H,W) bool; a pixel outside it never counts, whatever its value. weight:
-(B,H,W) not negative, each pixel's weight in the mean (not in medians and deviations); None: all equal. The
-gradient flows to `pred` only: a label is a constant.
+(B,H,W) not negative, each pixel's weight in the mean (not in medians and deviations); None: all equal. Only keywords
+that a recipe sets are passed. The gradient flows to `pred` only: a label is a constant.
 """
 
 from __future__ import annotations
