@@ -17,6 +17,7 @@ from types import ModuleType
 
 import numpy as np
 
+from distill.core.depth import DepthMap, Kind
 from distill.core.findings import Finding
 from distill.core.plugins import find
 from distill.core.wording import counted
@@ -197,7 +198,8 @@ def _decoded(samples: Sequence[BenchmarkSample]) -> list[Finding]:
             sample = samples[index]
             image, truth = sample.image(), (sample.mark or sample.truth)()
         except (OSError, ValueError) as error:
-            return [Finding("bad", f"{samples[index].key} cannot be decoded: {error}", "fetch it again")]
+            remedy = "" if samples[index].kind else "fetch it again"  # who writes a table of pairs has fetched nothing
+            return [Finding("bad", f"{samples[index].key} cannot be decoded: {error}", remedy)]
         height, width = image.shape[-2:]
         valid = getattr(truth, "valid", None)
         if size_of(truth) not in (None, (height, width)):
@@ -205,7 +207,16 @@ def _decoded(samples: Sequence[BenchmarkSample]) -> list[Finding]:
                 Finding("bad", f"{samples[index].key}: the image is {height} x {width}, its truth has another size")
             ]
         sizes.append(f"{height} x {width}" + (f", {valid.float().mean():.0%} valid" if valid is not None else ""))
+        sizes[-1] += _range(truth)
     return [Finding("ok", f"{len(chosen)} images and truths decoded: {'; '.join(dict.fromkeys(sizes))}")]
+
+
+def _range(truth: object) -> str:
+    """The nearest and the farthest metres of a truth, by which a wrong unit is seen; "" where there are none."""
+    if not isinstance(truth, DepthMap) or truth.kind is not Kind.METRIC_DEPTH or not truth.valid.any():
+        return ""
+    metres = truth.values[truth.valid]
+    return f", {metres.min():.4g} to {metres.max():.4g} m"
 
 
 def _join(names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from distill.core.depth import Kind, KindError
 from distill.core.plugins import find
 from distill.core.progress import Report
+from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol, ProtocolError
 from distill.eval.score import score
 from distill.eval.scorefile import Score, require_writable, write_scores
@@ -128,10 +129,17 @@ def rival_protocol(own: Protocol, name: str, kind: Kind) -> tuple[Protocol, str]
         return own.in_mode(name), "auto"
     rival = RIVALS[name]
     if own.task != "depth" or own.truth != "metric_depth":
-        raise ProtocolError(f"{name} scores depth in metres, which {own.benchmark} does not have")
+        of_some = " for all of its images" if own.task == "depth" else ""
+        raise ProtocolError(f"{name} scores depth in metres, which {own.benchmark} does not have{of_some}")
     if kind not in rival.kinds:
         raise KindError(f"{name} is not defined for {kind}, only for {', '.join(sorted(rival.kinds))}")
     return replace(rival.make(own), mode=name, offset_positive=False), rival.choice
+
+
+def _with_metric_truth(own: Protocol, samples: Sequence[BenchmarkSample]) -> Protocol:
+    """The protocol of a benchmark whose images say their truth's kind, where all of them are depth in metres."""
+    kinds = {sample.kind for sample in samples}
+    return replace(own, truth="metric_depth") if kinds == {Kind.METRIC_DEPTH} else own
 
 
 def score_under_all(
@@ -156,7 +164,8 @@ def score_under_all(
     results: dict[str, Score | str] = {}
     for done, name in enumerate(names, 1):
         try:
-            protocol, choice = rival_protocol(module.PROTOCOL, name, Kind(kind))
+            own = _with_metric_truth(module.PROTOCOL, samples) if name in RIVALS else module.PROTOCOL
+            protocol, choice = rival_protocol(own, name, Kind(kind))
         except (ProtocolError, KindError) as error:
             results[name] = str(error)
             continue

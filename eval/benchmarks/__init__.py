@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.core.depth import DepthMap
+from distill.core.depth import DepthMap, Kind
 from distill.core.files import leaves_root
 from distill.eval.protocol import Protocol, list_hash
 
@@ -39,6 +39,7 @@ class BenchmarkSample:
     group: a part of the benchmark that is also reported separately ("indoors"), or "".
     photo: the image's path below the root if it differs from the key, or "".
     focal: () -> the focal length in pixels of the image; None if the benchmark does not provide it.
+    kind: the truth's, where each image of a benchmark says its own; None: as PROTOCOL.truth says.
     """
 
     key: str
@@ -49,6 +50,7 @@ class BenchmarkSample:
     mark: Callable[[], Any] | None = None
     photo: str = ""
     focal: Callable[[], float] | None = None
+    kind: Kind | None = None
 
     def __post_init__(self) -> None:
         if why := leaves_root(self.prediction_path):

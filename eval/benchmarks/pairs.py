@@ -39,6 +39,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
             pair.dataset,
             photo=pair.photo,
             focal=partial(float, pair.focal) if pair.focal else None,
+            kind=pair.kind,
         )
         for pair in read_pairs(root, names=names, first_word=True)
     ]

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distill.app.cli import main
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval.benchmarks import motorcycle
+from distill.eval.completeness import check_benchmark
 from distill.eval.fit import measure
 from distill.eval.metrics import from_sums
 from distill.eval.protocol import RIVAL_MODES, Protocol, ProtocolError
-from distill.eval.rivals import NAMES, RIVALS, rival_protocol
+from distill.eval.rivals import NAMES, RIVALS, rival_protocol, score_under_all
 
 ETH3D = Protocol(
     benchmark="eth3d",
@@ -132,3 +134,25 @@ def test_one_model_under_all_of_them_on_the_command_line(tmp_path, capsys):
     asked[asked.index("affine_disparity")] = "affine_depth"  # which it is not
     assert main(["score", "--predictions", str(tmp_path / "maps"), *asked[:-2]]) == 0
     assert "is the prediction really affine_depth?" in capsys.readouterr().err
+
+
+def test_a_table_of_pairs_in_metres_has_them_too(tmp_path):
+    depth = 1 + np.arange(64, dtype=np.float32).reshape(8, 8) / 8
+    (tmp_path / "maps").mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        np.save(tmp_path / f"{name}_depth.npy", 1000 * depth)
+        np.save(tmp_path / "maps" / f"{name}.npy", 2 / depth + 1)
+    rows = "name,rgb,depth,scale_to_metres\na,a.png,a_depth.npy,0.001\nb,b.png,b_depth.npy,{}\n"
+    table, asked = tmp_path / "INDEX.tsv", {"kind": "affine_disparity", "benchmark": "pairs", "root": tmp_path}
+    table.write_text(rows.format("mm"))
+    found = score_under_all(tmp_path / "maps", **asked)
+    assert found["moge_disparity"].metrics["abs_rel"] == pytest.approx(0, abs=1e-4)
+    assert "ultralytics is not defined for affine_disparity" in found["ultralytics"]
+    assert "8 x 8, 100% valid, 1 to 8.875 m" in check_benchmark("pairs", tmp_path)[1].what
+    table.write_text(rows.format(""))
+    found = score_under_all(tmp_path / "maps", **asked, names=("moge_disparity",))
+    assert "metres, which pairs does not have for all of its images" in found["moge_disparity"]
+    table.write_text(rows.format(1000))
+    [bad] = [finding for finding in check_benchmark("pairs", tmp_path) if finding.level == "bad"]
+    assert "may be its inverse" in bad.what and not bad.remedy
