@@ -19,7 +19,7 @@ class ImageSettings:
     """Tars of photos such as SA-1B's: paths or URLs, with braces ("sa_{000000..000017}.tar") or globs, or their
     folder."""
     photos: str = ""
-    """A folder of photos, or a glob."""
+    """A folder of photos, sub-folders included, or a glob."""
     pairs: str = ""
     """A tsv of images with ground truth."""
     dataset: str = ""

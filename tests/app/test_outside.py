@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,12 @@ def test_the_user_runs_the_contracts(project, capsys, file, kind):
     kept = [line.removeprefix("kept  ") for line in captured.out.splitlines()]
     assert kept == [contracts.promise(contract) for contract in contracts.CONTRACTS[kind]]
     assert "not checked" not in captured.err
+
+
+def test_the_teacher_of_the_contributors_page_keeps_its_promises(project, capsys):
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (project / "my_depth.py").write_text(textwrap.dedent(page.partition("```python\n")[2].partition("```")[0]))
+    assert contracts.main(["./my_depth.py"]) == 0, capsys.readouterr().err
 
 
 BROKEN = {
