@@ -66,7 +66,9 @@ def _hub_id(text: str) -> tuple[str, str, str | None]:
         text = re.sub(r"^([^/]+/[^/]+)/(?:resolve|blob|tree)/([^/]+)(.*)", r"\1\3@\2", page[1])
     match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w.-]+))?", text)
     if match is None or (Path(text).suffix in WEIGHT_SUFFIXES and not match[2]):
-        raise WeightsMissingError(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")
+        raise WeightsMissingError(
+            f"weights {text!r}: no such file or folder, and not a hub id (org/name), which `distill list teachers` has"
+        )
     return match[1], match[2].lstrip("/"), match[3]
 
 

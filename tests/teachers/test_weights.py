@@ -279,3 +279,8 @@ def test_revisions(tmp_path):
     first = teachers.revision_of(file)
     file.write_bytes(b"2")
     assert first.startswith("sha256:") and teachers.revision_of(file) != first
+
+
+def test_a_name_that_is_neither_a_file_nor_on_the_hub_says_where_ids_are_listed():
+    with pytest.raises(WeightsMissingError, match="'midas_v21_small': .* which `distill list teachers` has"):
+        teachers.resolve("midas_v21_small", files=["x"])
