@@ -39,7 +39,8 @@ def compare(
         options: dict[str, Any] = {"trim_top": trim_top} if trim_top else {}
         options |= {"label_only": True} if label_only else {}
         options |= {"weight": weight} if weight is not None else {}
-        if options and (missing := options.keys() - inspect.signature(plugin.compare).parameters.keys()):
+        taken = inspect.signature(plugin.compare).parameters if options else {}
+        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()) and (missing := options.keys() - taken.keys()):
             raise ValueError(
                 f"normalization {normalization!r}: its compare takes no {min(missing)}, which is asked for"
             )
