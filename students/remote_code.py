@@ -155,9 +155,17 @@ class StudentImageProcessor(BaseImageProcessor):
         if isinstance(image, Tensor):
             pixels = image
         else:
+            if getattr(image, "mode", "")[:1] in ("I", "F") and image.getextrema()[1] > 255:  # convert cuts off there
+                raise ValueError(f"a PIL image of mode {image.mode} goes beyond 255: scale it to 0..255, mode L")
             array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+            if array.ndim != 3 or array.shape[-1] != 3:
+                raise ValueError(f"an array is H x W x 3, RGB, not {' x '.join(map(str, array.shape))}")
             pixels = torch.from_numpy(np.array(array)).permute(2, 0, 1)
+        if pixels.ndim != 3 or len(pixels) != 3:
+            raise ValueError(f"a tensor is 3 x H x W, RGB, not {' x '.join(map(str, pixels.shape))}")
         unit = pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels.float()
+        if not -0.25 <= float(unit.min()) <= float(unit.max()) <= 1.25:  # bicubic resizing goes a little beyond
+            raise ValueError("an image is uint8, or float in [0,1]: divide by its largest possible value")
         if self.native_size:
             scale = self.native_size / min(unit.shape[-2:])
             size = [

@@ -80,8 +80,8 @@ def run_export(
         if out.resolve() == folder.resolve() and not overwrite:
             raise ValueError(_replace_message(out, "--transformers native"))
         return _write_native(student, out, options, metadata)
-    if options.transformers and (options.bits == 4 or encoder_weights):
-        raise ValueError(f"{out}: transformers reads whole weights in 32 or 16 bits; export it again with its encoder")
+    if options.transformers:
+        _check_whole(out, options, encoder_weights)
     lines: list[str] = []
 
     def check(aside: Path) -> None:
@@ -99,7 +99,7 @@ def run_export(
         lines.append(line)
         lines.extend(_write_graphs(student, reloaded, aside, out, options, crops))
         if options.transformers:
-            lines.append(f"{out}: {to_transformers.write(reloaded, aside, how='code')}")
+            lines.append(f"{out}: {to_transformers.write(reloaded, aside, how='code', named=out)}")
 
     checkpoint.save(
         student,
@@ -125,6 +125,14 @@ def _check_not_replaced(folder: Path, out: Path, options: ExportOptions) -> None
     stored = checkpoint.describe(folder)["weights"].get("dtype")
     if options.bits != 32 and (stored != _STORED[options.bits] or options.calibrate):
         raise ValueError(_replace_message(out, f"--bits {options.bits}"))
+
+
+def _check_whole(out: Path, options: ExportOptions, encoder_weights: str | None) -> None:
+    """Raises ValueError if transformers could not read the weights that will be stored."""
+    if options.bits == 4:
+        raise ValueError(f"{out}: transformers reads weights in 32 or 16 bits: leave out --bits 4")
+    if encoder_weights:
+        raise ValueError(f"{out}: transformers reads whole students; export it again with its encoder")
 
 
 def _replace_message(out: Path, why: str) -> str:
@@ -169,6 +177,8 @@ def _write_graphs(
             about = properties | {"precision": _WORDS[form.matrices if bits == 8 else bits]}
             off = onnx_graph.write_onnx(again, path, options=form, metadata=about, program=program, named=named)
             line = f"{named}: {path.stat().st_size / 1e6:.1f} MB, within {off:.1g} of torch's outputs (of their spread)"
+            if form.browser and (change := onnx_graph.change_by_table(again)) > export.TOLERANCE:
+                line += f" with the position table of the native size, which changes a 3:4 image's map by {change:.1g}"
             if gate:
                 network = onnx_graph.run_onnx(path, named=named)
                 line += f"; {_gate(student, network, replace(options, gate=gate), out)}"
@@ -222,7 +232,7 @@ def _write_native(student: Student, out: Path, options: ExportOptions, card: Map
     if out.exists() and (others := sorted(p.name for p in out.iterdir() if p.name not in known)):
         raise FileExistsError(f"{out} holds {others[0]}; give the export a folder of its own")
     with files.writing_folder(out) as aside:
-        line = to_transformers.write(student, aside, how="native")
+        line = to_transformers.write(student, aside, how="native", named=out)
         about: dict[str, Any] = {"native_size": student.native_size, "kind": student.kind}
         about["canonical_focal"] = student.canonical_focal
         page = model_card(out.name, card, library="transformers", **about)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -78,7 +79,9 @@ def parts(tmp_path):
 
 
 def test_the_graph_is_the_student_on_any_size():
-    for student in (dinov3_sdt(), tiny("dinov2_vits14", "dpt", channels=8, post_process_channels=[8, 8, 8, 8])):
+    metric = tiny("dinov2_vits14", "dpt", channels=8, post_process_channels=[8, 8, 8, 8])
+    metric.max_depth = 20.0
+    for student in (dinov3_sdt(), metric):
         graph = export.Graph(student)
         for size in [(1, 3, 48, 32), (2, 3, 61, 47), (1, 3, 9, 50)]:
             images = torch.rand(size, generator=torch.Generator().manual_seed(1))
@@ -100,6 +103,12 @@ def test_other_rotary_positions_are_refused():
 
     with pytest.raises(ValueError, match="rope_vit: its rotary positions .Other. cannot be exported"):
         export._Rotary(Other(), "rope_vit")
+    rope = dinov3_sdt().encoder.backbone.rope
+    for key, value in (("grid_offset", 0.5), ("grid_indexing", "xy"), ("normalize_coords", "max")):
+        other = copy.deepcopy(rope)
+        setattr(other, key, value)
+        with pytest.raises(ValueError, match="cannot be exported"):
+            export._Rotary(other, "rope_vit")
 
 
 @pytest.mark.slow
@@ -156,6 +165,37 @@ def test_a_graph_that_differs_is_refused():
     spoil(student)
     with pytest.raises(ValueError, match="x.onnx: torch's outputs are not finite"):
         export.parity(student, lambda images: student(images).detach(), "x.onnx")
+
+
+def test_a_difference_is_of_the_worst_pixel_of_all_sizes_and_of_the_map_s_spread():
+    student = small()
+    sizes = []
+
+    def off(images):
+        out = student(images).detach() + 0.0
+        sizes.append(tuple(images.shape))
+        if len(sizes) == 1:
+            out[0, 3, 2] -= 5e-5 * (out.max() - out.min())
+        return out
+
+    student.forward = lambda images: images[:, 0] + 5.0
+    patch = student.encoder.patch_size
+    assert export.parity(student, off, "x.onnx") == pytest.approx(5e-5, rel=0.05)
+    assert len(sizes) == 4 and {len(size) for size in sizes} == {4} and max(size[0] for size in sizes) == 3
+    assert (1, 3, 2 * patch + 1, 9 * patch) in sizes and export.smallest(student) == 2 * patch + 1
+
+
+def test_an_output_that_is_not_finite_is_no_small_difference():
+    images = [torch.rand(1, 3, 8, 8), torch.rand(1, 3, 9, 8)]
+    with pytest.raises(ValueError, match="x: not written, for its outputs would not be finite"):
+        export.difference(lambda x: x[:, 0], lambda x: x[:, 0] * math.nan, "x", images=images)
+    off = export.difference(lambda x: x[:, 0], lambda x: x[:, 0] - (x.shape[2] == 8) * 0.1, "x", images=images)
+    assert off == pytest.approx(0.1 / float(images[0][:, 0].std()))
+
+
+def test_a_map_that_varies_is_no_reason():
+    assert export.flatness(lambda images: images[:, 0]) == ""
+    assert "train it for longer" in export.flatness(lambda images: images[:, 0] * 0.05 + 1)
 
 
 def spoil(student, value=math.nan):

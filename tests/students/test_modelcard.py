@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from distill import students
+from distill.core.depth import Kind
 from distill.students import checkpoint
 from distill.students.modelcard import model_card
 from tests.students.tiny import tiny
@@ -43,10 +44,34 @@ def test_the_lines_of_the_card_build_the_encoder_without_us(tmp_path, monkeypatc
 
 
 def test_a_card_of_four_bits_says_how_they_are_stored(tmp_path):
-    checkpoint.save(tiny("dpt"), tmp_path / "s", card={"name": "x"}, bits=4)
+    student = tiny("dpt")
+    student.encoder.options |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    checkpoint.save(student, tmp_path / "s", card={"name": "x"}, bits=4)
     page = (tmp_path / "s" / "README.md").read_text()
     assert "groups of 64" in page and "load_file" in page
+    assert "subtract the mean [0.1, 0.2, 0.3] and divide by [0.4, 0.5, 0.6]" in page
     assert "(dpt; `decoder.*` in the file, by the names of AnyDepth's DPTHead, which is DINOv3's;" in page
+
+
+@pytest.mark.parametrize(
+    ("licence", "said"),
+    [
+        ("Apache-2.0", "license: apache-2.0\ntags:"),
+        ("CC-BY-NC-4.0", "license: other\nlicense_name: see-card\ntags:"),
+        (None, "license: other\nlicense_name: see-card\ntags:"),
+    ],
+)
+def test_a_hub_is_told_apache_of_nothing_else(licence, said):
+    assert f"---\nlibrary_name: depth-distill\npipeline_tag: depth-estimation\n{said}" in model_card(
+        "x", {"licence": licence} if licence else {}
+    )
+
+
+def test_a_canonical_students_card_says_what_to_multiply():
+    page = model_card("x", {}, kind=Kind.METRIC_DEPTH, canonical_focal=300.0)
+    assert "Camera: the network's output is depth in metres for a focal length of 300 pixels" in page
+    assert "metres = output * focal / 300," in page and ')("photo.jpg", fov=60).numpy()' in page
+    assert "It predicts depth in metres, larger is farther." in page and "Camera:" not in model_card("x", {})
 
 
 def test_the_tables_of_a_card_are_for_people():

@@ -46,6 +46,11 @@ def test_constants_and_zeros_are_kept():
         torch.testing.assert_close(dequantize(quantize(values), values.shape), values, atol=1e-6, rtol=1e-3)
 
 
+def test_what_fills_up_the_last_group_does_not_widen_its_range():
+    values = torch.tensor([5.0, 5.01]).repeat(GROUP // 2 + 1)
+    assert (dequantize(quantize(values), values.shape) - values).abs().max() < 3e-3
+
+
 @pytest.mark.parametrize("value", [1e5, float("inf"), float("nan")])
 def test_what_float16_cannot_hold_is_refused(value):
     with pytest.raises(ValueError, match="NaN, infinite or above 65504"):
