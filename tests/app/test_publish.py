@@ -15,7 +15,7 @@ from distill.app.cli import main
 from distill.app.publish import check, may_share
 from distill.app.recipe import load
 from distill.core.hub import card_metadata
-from distill.shards.shards import LabelDataset, verify
+from distill.shards.shards import MANIFEST, LabelDataset, verify
 from distill.students import checkpoint
 from tests.app.test_renamed import RECIPE
 from tests.labelling.formula import make_tar
@@ -71,14 +71,24 @@ def test_labels_without_their_photographs(labels, tmp_path):
     for read in (LabelDataset, verify):
         with pytest.raises(ValueError, match="out was published without its photographs, which training needs"):
             read(out)
+    manifest = json.loads((out / MANIFEST).read_text())
+    for shard in manifest["shards"]:
+        data = (out / shard["name"]).read_bytes()
+        assert (shard["sha256"], shard["bytes"]) == (hashlib.sha256(data).hexdigest(), len(data))
     card = card_metadata(out / "README.md")
     assert card["configs"][0]["data_files"] == "*.tar" and "depth-estimation" in card["task_categories"]
     text = (out / "README.md").read_text()
     assert "The photographs are not here" in text and "| analytic |" in text and "WebDataset(" in text
     assert str(recipe.parent) not in "".join(p.read_text() for p in out.glob("*.*") if p.suffix in (".md", ".json"))
     assert check(out) == []
+    for count, size in ((7, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (10**6, "1M<n<10M"), (10**9, "10M<n<100M")):
+        text = publish.labels_card(manifest | {"samples": count}, name="x", shared=True)
+        assert f"size_categories:\n- {size}\n" in text
     tars[0].write_bytes(tars[0].read_bytes()[:-1])
     assert check(out) == [f"{tars[0].name} does not match its checksum"]
+    with (out / "weights.bin").open("wb") as file:
+        file.truncate(10**7 + 1)
+    assert check(out)[1:] == ["weights.bin is large, but no rule of .gitattributes stores it in LFS"]
 
 
 def test_labels_with_their_photographs_are_a_labels_folder(labels, tmp_path, capsys):
@@ -111,6 +121,7 @@ def test_a_student_with_scores_and_cost_on_its_card(tmp_path):
     student = {"name": "mine", "licence": "what its teachers allow", "commercial": False}
     rows = {"scores": [{"model": "student", "abs_rel": "0.1"}], "cost": [{"model": "student", "GFLOPs": "3"}]}
     checkpoint.save(tiny("dpt").eval(), tmp_path / "s", card=student | rows)
+    (tmp_path / "s" / ".notes").write_text("mine")
     out = tmp_path / "out"
     assert main(["publish", "student", str(tmp_path / "s"), str(out)]) == 0
     card = card_metadata(out / "README.md")
@@ -124,4 +135,14 @@ def test_a_student_with_scores_and_cost_on_its_card(tmp_path):
         and "Without this package" in text
     )
     checkpoint.load(out)
+    assert not (out / ".notes").exists()
     assert "*.safetensors filter=lfs" in (out / ".gitattributes").read_text() and check(out) == []
+
+
+def test_the_scores_of_the_run_replace_those_of_the_card_and_four_bits_are_explained(tmp_path, monkeypatch):
+    new, old = ({"scores": [{"model": "student", "abs_rel": word}]} for word in ("0.11", "0.22"))
+    monkeypatch.setattr(publish, "scored", lambda folder, revision: new)
+    checkpoint.save(tiny("dpt").eval(), tmp_path / "s", card=old, bits=4)
+    assert publish.publish_student(tmp_path / "s", tmp_path / "out")["scores"] == 1
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| student | 0.11 |" in text and "0.22" not in text and "groups of 64" in text

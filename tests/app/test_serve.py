@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import socket
 import socketserver
 import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -111,6 +113,18 @@ def test_what_cannot_be_is_one_line(address, monkeypatch):
     assert fault(f"{address}/predict", photo())[0] == 413
 
 
+def test_a_model_that_fails_on_a_photo_is_one_line():
+    class Failing(Fake):
+        def predict(self, images):
+            raise RuntimeError("CUDA error: out of memory\nand more")
+
+    with serve.DepthServer(lambda: Model(Failing()), "m", host="127.0.0.1", port=0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        told = fault(f"http://127.0.0.1:{server.server_address[1]}/predict", photo())
+        server.shutdown()
+    assert told == (500, "the model failed on this photo: CUDA error: out of memory")
+
+
 def test_a_port_or_host_that_cannot_be_had_is_told(address, capsys, monkeypatch):
     assert main(["serve", "--port", address.rpartition(":")[2]]) == 2
     assert "give another --port" in capsys.readouterr().err
@@ -163,3 +177,36 @@ def test_a_full_disk_is_one_line(address, monkeypatch):
 
     monkeypatch.setattr(serve.tempfile, "TemporaryDirectory", full)
     assert fault(f"{address}/{key}/depth.npy") == (500, "[Errno 28] No space left on device")
+
+
+def test_a_refused_upload_is_not_read_as_the_next_request(address):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as line:
+        inner = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: http://evil\r\nContent-Length: {len(inner)}\r\n\r\n"
+        line.sendall(head.encode() + inner)
+        answer = b""
+        with contextlib.suppress(ConnectionResetError):  # it may close with our body unread
+            while part := line.recv(1 << 16):
+                answer += part
+    assert answer.count(b"HTTP/1.1") <= 1 and b"200 OK" not in answer
+
+
+def test_photos_are_predicted_one_at_a_time_and_the_last_few_are_kept():
+    inside, most = [], []
+
+    class Slow(Fake):
+        def predict(self, images):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+            return super().predict(images)
+
+    with serve.DepthServer(lambda: Model(Slow()), "m", host="127.0.0.1", port=0) as server:
+        threads = [threading.Thread(target=server.predict, args=(photo(),)) for _ in range(serve.KEPT + 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(most) == 1 and list(server.results) == [str(n) for n in range(3, serve.KEPT + 3)]

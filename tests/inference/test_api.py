@@ -19,7 +19,7 @@ from distill.data.maps import read_map
 from distill.data.photos import BadImageError
 from distill.inference import solid
 from distill.inference.api import Depth, Model
-from distill.inference.pictures import picture
+from distill.inference.pictures import picture, within_jpeg
 
 RGB = (np.arange(5 * 7 * 3).reshape(5, 7, 3) * 2).astype(np.uint8)
 CHW = torch.from_numpy(RGB).permute(2, 0, 1)
@@ -126,6 +126,7 @@ def test_grey_and_several():
         (RGB.transpose(2, 0, 1), r"transpose\(1, 2, 0\)"),
         (RGB.astype(np.int64), "uint8"),
         (RGB.astype(np.uint16), "65535"),
+        (Image.fromarray(RGB[..., 0].astype(np.float32)), "mode F has no known range"),
         (torch.full((3, 4, 4), torch.nan), "not finite"),
         (torch.stack([torch.zeros(3, 4), torch.full((3, 4), torch.inf)], -1), "not finite"),
         (torch.zeros(4, 4), r"image\[None\]"),
@@ -302,3 +303,9 @@ def test_an_opened_image_is_read_as_its_file_is(tmp_path):
         picture(Image.open(tmp_path / "cut.bmp"))
     with pytest.raises(FileNotFoundError, match="https://a.b/c.jpg: a URL, but only local files are read: download it"):
         picture("https://a.b/c.jpg")
+
+
+def test_a_panorama_is_thinned_alike_on_both_sides_where_a_jpeg_could_not_hold_it():
+    wide = np.broadcast_to(np.uint8(0), (8, 131_001, 3))
+    assert within_jpeg(wide).shape == (3, 43_667, 3)
+    assert within_jpeg(wide[:, :65_500]).shape == (8, 65_500, 3)

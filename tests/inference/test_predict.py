@@ -194,6 +194,8 @@ def test_a_cut_record_loses_one_step_and_no_map(tmp_path, cut):
     written, present, problems = call(estimator, tmp_path / "in", out=out)
     assert (written, present, problems) == ((0, 2, []) if cut == 1 else (1, 1, []))
     assert call(Fake(), tmp_path / "in", out=out) == (0, 2, [])
+    # A cut line is ended before the next, or the note of what is begun would be part of it.
+    assert len(record.read_text().splitlines()) == (4 if cut == 1 else 6)
     assert [value(out / "a.npy"), value(out / "b.npy")] == [10, 20] and len(list(out.glob("*.npy"))) == 2
     for line in filter(None, record.read_text().splitlines()[-1:]):
         assert json.loads(line)["formats"] == ["npy"]

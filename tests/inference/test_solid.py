@@ -44,6 +44,9 @@ def test_a_surface_is_cut_at_jumps_and_holes():
     for unit in (0.01, 1, 100):  # a jump is a fraction, whatever the unit
         faces = solid.surface(unit * slope, slope > 0, solid.camera(60, None, 20, 30), jump=0.2).faces
         assert len(faces) == 1102
+    for ratio, count in ((1.075, 2), (1.085, 0)):  # neighbours differ by 8 % at most
+        z = np.array([[1.0, ratio], [1.0, ratio]], np.float32)
+        assert len(solid.surface(z, z > 0, solid.camera(60, None, 2, 2)).faces) == count
 
 
 def test_a_point_is_where_its_pixel_is_and_has_its_colour():
@@ -143,13 +146,15 @@ def test_predict_writes_them_and_a_page_that_asks_for_nothing(tmp_path):
     with pytest.raises(ValueError, match="predictions with another camera"):
         predict.run(Fake(), jobs, out=out, formats=["ply"], report=silent, lens=solid.Lens(fov=90))
     assert predict.run(Fake(), jobs, out=out, formats=["npy"], report=silent).written == 1
+    predict.run(Fake(), jobs, out=tmp_path / "far", formats=["ply"], report=silent, lens=solid.Lens(far=4))
+    assert b"taken to be 4 times as far" in (tmp_path / "far" / "a <b>.ply").read_bytes()
     shoot(tmp_path / "v.mp4", 2)
     assert "a video has no ply" in call(Fake(), tmp_path / "v.mp4", out=out, formats=["ply"])[2][0]
 
 
 def test_a_page_holds_every_point_in_its_place(monkeypatch):
     monkeypatch.setattr(solid, "MAX_PAGE_POINTS", 100)
-    values, lens = torch.linspace(2, 5, 600).reshape(20, 30), solid.camera(90, None, 20, 30)
+    values, lens = torch.linspace(2, 5, 600).reshape(20, 30), solid.Camera(15, 30, 15, 10)
     given = (values, values > 0, Kind.METRIC_DEPTH, RGB, lens)
     assert b"element vertex 600\n" in solid.encode("ply", *given, far=10, title="a")
     page = solid.encode("view", *given, far=10, title="a").decode()
@@ -158,7 +163,7 @@ def test_a_page_holds_every_point_in_its_place(monkeypatch):
     codes = np.frombuffer(base64.b64decode(facts["xyz"]), "<u2").reshape(-1, 3)
     np.testing.assert_allclose(facts["low"] + codes * np.array(facts["step"]), wanted.points, atol=1e-4)
     assert codes.max() == 65535 and base64.b64decode(facts["rgb"]) == wanted.colors.tobytes()
-    assert facts["pitch"] == pytest.approx(3 / 15) and facts["half"] == pytest.approx([1, 2 / 3])
+    assert facts["pitch"] == pytest.approx(3 / 15) and facts["half"] == pytest.approx([1, 1 / 3])
     assert facts["middle"] == pytest.approx(np.median(wanted.points[:, 2]))
 
 

@@ -18,13 +18,18 @@ from distill.inference import predict, video
 from tests.inference.fake import Fake, call, film, grey, names, shoot, silent
 
 
-def test_a_video_becomes_frames_and_films(tmp_path):
+def test_a_video_becomes_frames_and_films(tmp_path, monkeypatch):
     out, estimator = tmp_path / "out", Fake()
     shoot(tmp_path / "v.mp4", 3)
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
     jobs = predict.find([str(tmp_path / "*.mp4")], out=out)
+    synced, sync = [], predict.files.sync_tree
+    monkeypatch.setattr(
+        predict.files, "sync_tree", lambda path: synced.append((path, (out / "v.json").exists())) or sync(path)
+    )
     done = predict.run(estimator, jobs, out=out, formats=["png", "npy", "side"], report=silent)
     assert done.written == 1 and [line.split(": ")[0] for line in done.problems] == [str(tmp_path / "bad.mp4")]
+    assert synced == [(out / "v", False)], "the frames are on the disk before the file that says so"
     frames = [f"v/{i:06d}.{suffix}" for i in range(3) for suffix in ("npy", "png")]
     assert names(out) == ["predict.json", "predict_sources.jsonl", "v.json", *frames, "v_side.mp4"]
     shown = [(rgb.shape, rate) for rgb, rate, _ in video.frames(out / "v_side.mp4")]
