@@ -93,9 +93,9 @@ def test_a_native_class_has_the_same_map(tmp_path, photo, name, capsys):
 def test_any_other_student_comes_with_its_code(tmp_path, photo, decoder):
     options = {"decoder_options": {"fusion_channels": 8, "widths": [8, 8, 8, 8]}, "max_depth": 12.5}
     if decoder == "of a file":
-        (tmp_path / "parts.py").write_text(DECODER)
-        plugins.allow(tmp_path / "parts.py")
-        decoder, options = str(tmp_path / "parts.py"), {}
+        (tmp_path / "own_parts.py").write_text(DECODER)
+        plugins.allow(tmp_path / "own_parts.py")
+        decoder, options = str(tmp_path / "own_parts.py"), {}
     student = made(decoder, encoder="dinov3_vits16", **options)
     checkpoint.save(student, tmp_path / "s", card={"name": "tiny"})
     out = str(tmp_path / "o")
