@@ -38,8 +38,8 @@ def quantile(values: Tensor, counted: Tensor, place: float) -> Tensor:
     last = (counted.sum() - 1).clamp(min=0).double()
     at = place * last
     below = at.floor()
-    neighbours = ordered.take(torch.stack([below, torch.minimum(below + 1, last)]).long())
-    return torch.lerp(*neighbours, (at - below).to(values.dtype))
+    lower, upper = ordered.take(torch.stack([below, torch.minimum(below + 1, last)]).long())
+    return torch.lerp(lower, upper, (at - below).to(values.dtype))
 
 
 def far_in_the_sky(values: Tensor, sky: Tensor, others: Tensor, place: float) -> tuple[Tensor, Tensor]:
