@@ -307,8 +307,9 @@ def test_workers_use_the_gpus_of_their_parent(tmp_path, monkeypatch, given, coun
 
 
 def test_a_cell_that_is_killed_while_its_weights_are_removed_is_not_trained_again(tiny, tmp_path, monkeypatch):
-    [cell, *_] = cells(read_study(tiny), tiny, "bench", tmp_path / "out", [])
-    weights, ran, plain = cell.folder / "train" / "checkpoints" / "a", [], ablate.shutil.rmtree
+    [cell, *_] = cells(read_study(tiny), tiny, "bench", tmp_path / "out", ["score.teachers=true"])
+    weights, ran, scored = cell.folder / "train" / "checkpoints" / "a", [], []
+    plain = ablate.shutil.rmtree
 
     def train(recipe):
         ran.append(recipe)
@@ -318,7 +319,7 @@ def test_a_cell_that_is_killed_while_its_weights_are_removed_is_not_trained_agai
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ablate.commands, "run_train", train)
-    monkeypatch.setattr(ablate.commands, "run_score", lambda recipe: None)
+    monkeypatch.setattr(ablate.commands, "run_score", scored.append)
     monkeypatch.setattr(ablate, "_label_all", lambda every: None)
     monkeypatch.setattr(ablate.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -326,3 +327,4 @@ def test_a_cell_that_is_killed_while_its_weights_are_removed_is_not_trained_agai
     monkeypatch.setattr(ablate.shutil, "rmtree", plain)
     ablate._run_cells([cell])
     assert len(ran) == 1 and ablate.is_done(cell) and not weights.parent.exists()
+    assert cell.recipe.score.teachers and not scored[0].score.teachers, "no column shows a teacher"
