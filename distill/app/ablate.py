@@ -62,6 +62,8 @@ def run_studies(
     the finished cells.
     Raises ValueError or OSError for a recipe or data that cannot be used; a training that diverges is a result.
     """
+    if build.process()[1] > 1 and not collect_only:  # its processes would train different cells as one run
+        raise ValueError("a study starts its own processes: distill ablate STUDY --processes N, without a launcher")
     paths = [locate(path, "study") for path in paths]
     studies = [(study, cells(study, path, version, out, overrides)) for path in paths for study in [read_study(path)]]
     all_cells = list({cell.folder: cell for _, study_cells in studies for cell in study_cells}.values())

@@ -46,6 +46,16 @@ class Checkpoint:
         """Optimizer steps done."""
         return int(self.state["step"])
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of state.json, which has the other files' hashes: the same for copies only."""
+        return files.file_sha256(self.folder / "state.json")
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether a file's bytes have changed; reads all of them."""
+        return bool(_damaged_file(self))
+
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:

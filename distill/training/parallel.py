@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import platform
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def accelerator_of(
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(
             f"accelerate is configured for {accelerator.distributed_type.value}: students are trained with plain data "
-            f"parallelism, so launch with --multi_gpu or --cpu"
+            f"parallelism, so launch with --multi_gpu, or with torchrun on CPUs"
         )
     if requested is not None and requested.index is not None and accelerator.distributed_type == DistributedType.NO:
         _set_device(requested)
@@ -83,6 +85,7 @@ def processes_of(accelerator: Accelerator) -> Processes:
 def new_run(student: nn.Module, accelerator: Accelerator, settings: TrainSettings, **given: Any) -> TrainingRun:
     """A run at its initial weights, with every module on its device and wrapped; given: its other fields."""
     processes = processes_of(accelerator)
+    check_alike(processes, settings, given.get("facts", {}))
     for part in (given["objective"], given["reference"]):
         if isinstance(part, nn.Module):
             part.to(processes.device)
@@ -103,6 +106,19 @@ def new_run(student: nn.Module, accelerator: Accelerator, settings: TrainSetting
     )
 
 
+def check_alike(processes: Processes, settings: TrainSettings, facts: Mapping[str, Any]) -> None:
+    """Raises ValueError in all processes where one has other settings or facts (labels, recipe) than the main one.
+
+    Machines with copies of their own of a recipe or of labels would train different students in one run.
+    """
+    own = {**settings.as_dict(), **facts}
+    mains = processes.share(own)
+    differing = [name for name in sorted({*own, *mains} - {"workers"}) if own.get(name) != mains.get(name)]
+    found = [f"process {processes.index}: {name} = {own.get(name)!r}, not {mains.get(name)!r}" for name in differing]
+    if found := processes.gather(found):
+        raise ValueError(f"all processes of a run need the same recipe and labels: {'; '.join(found[:8])}")
+
+
 def open_trackers(accelerator: Accelerator, settings: TrainSettings, *, name: str, step: int) -> None:
     """Opens the trackers of a run. Drops their points after `step`: a resumed run draws them again."""
     if settings.trackers:
@@ -112,10 +128,18 @@ def open_trackers(accelerator: Accelerator, settings: TrainSettings, *, name: st
 def same_checkpoint(processes: Processes, out: Path, step: int) -> None:
     """Copies the main process's checkpoint of `step` to machines where `out` is a local folder without it.
 
-    All processes call it. Raises OSError.
+    All processes call it. Raises OSError, and ValueError in all where such a folder has another checkpoint of `step`.
     """
-    if not all(processes.gather([step in [saved.step for saved in checkpoints.find(out)]])):
-        writes = machine.from_launcher("LOCAL_RANK", 0) == 0
+    own = next((saved for saved in checkpoints.find(out) if saved.step == step), None)
+    writes = machine.from_launcher("LOCAL_RANK", 0) == 0
+    mains = processes.share(own.digest if own is not None and processes.main else "")
+    is_other = own is not None and not processes.main and (own.digest != mains or (writes and own.is_damaged))
+    if other := processes.gather([f"{own.folder} on {platform.node()}"] if own is not None and is_other else []):
+        raise ValueError(
+            f"damaged, or of another run than the main process's checkpoint of step {step}: "
+            f"{', '.join(dict.fromkeys(other))}; delete it there, and the main process's is copied"
+        )
+    if not all(processes.gather([own is not None])):
         checkpoints.hand_out(out, step, share=processes.share, main=processes.main, writes=writes)
         processes.wait()
 
@@ -149,6 +173,22 @@ def every_parameter_learns(student: nn.Module) -> bool:
             reached.add(id(node.variable))
         pending.extend(parent for parent, _ in node.next_functions)
     return trainable <= reached
+
+
+@contextlib.contextmanager
+def explain_lost_process() -> Iterator[None]:
+    """Raises a one-line OSError where the exchange with another process fails, as when that process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo raises a plain RuntimeError, which begins with its source file.
+        if not isinstance(error, getattr(torch.distributed, "DistError", ())) and "/gloo/" not in str(error):
+            raise
+        reason = re.sub(r"^\[[^\]]*\] ", "", (str(error).splitlines() or [""])[0]).split(". ")[0]
+        raise OSError(
+            f"the connection to another process of this run is lost ({reason}); if it ended with an error, its own "
+            "message says why. The same command continues from the last checkpoint"
+        ) from error
 
 
 @contextlib.contextmanager

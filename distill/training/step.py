@@ -245,6 +245,7 @@ def _stop(run: TrainingRun, line: dict[str, Any], seen: Sequence[tuple[MicroBatc
         run.log.write(line)
     keys = [key for batch in batches for key in batch.keys]
     bad = [key for key, finite in zip(keys, torch.cat(losses).isfinite().tolist(), strict=True) if not finite]
+    bad = run.processes.gather(bad[:3])  # the one message that is printed is the main process's
     named = f" (not finite: {', '.join(bad[:3])})" if bad else ""
     advice = f"The batch is in {folder}{named}: check its labels, lower lr, or leave out its images"
     if not bad and run.settings.log_every > 1:  # on a GPU steps without a log line are not checked

@@ -32,7 +32,14 @@ from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
 from distill.training.heldout import HeldOutSamples, evaluate, is_best, split
 from distill.training.loading import explain_dead_workers, training_batches
-from distill.training.parallel import accelerator_of, new_run, open_trackers, reproducible, same_checkpoint
+from distill.training.parallel import (
+    accelerator_of,
+    explain_lost_process,
+    new_run,
+    open_trackers,
+    reproducible,
+    same_checkpoint,
+)
 from distill.training.resume import card_of, keep, resume
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, make_order
 from distill.training.schedule import in_steps
@@ -110,10 +117,10 @@ def train(
     settings = in_steps(settings, len(order.indices))
     batches = _positions(accelerator, order, settings)
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
-    with reproducible(settings.deterministic), lock, explain_dead_workers():
-        parts = {"objective": objective, "reference": reference, "features": features}
+    facts = {"identity": identity, "samples": len(used), "data": fingerprint(dataset.image_keys, used)}
+    with reproducible(settings.deterministic), lock, explain_dead_workers(), explain_lost_process():
+        parts = {"objective": objective, "reference": reference, "features": features, "facts": facts}
         run = new_run(student, accelerator, settings, out=out, save_student=save, card=dict(card or {}), **parts)
-        run.facts = {"identity": identity, "samples": len(used), "data": fingerprint(dataset.image_keys, used)}
         try:
             resume(run, tell or (lambda line: None))
             open_trackers(accelerator, settings, name=out.name, step=run.step)
