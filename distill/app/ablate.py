@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -119,7 +120,7 @@ def _run_workers(
     processes: int,
     overrides: Sequence[str],
 ) -> None:
-    """Starts the workers and shows how many cells are done; raises ValueError if a worker failed."""
+    """Starts the workers and shows how many cells are done; raises ValueError if a worker failed and cells are left."""
     command = [
         sys.executable,
         "-m",
@@ -157,9 +158,13 @@ def _run_workers(
                 process.wait()
     failed = [i for i, process in enumerate(workers) if process.returncode]
     if failed:
-        log_file = out / f"worker-{failed[0]}.log"
+        log_file, code = out / f"worker-{failed[0]}.log", workers[failed[0]].returncode
         last_line = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise ValueError(f"worker {failed[0]} stopped: {' '.join(last_line)} (full output: {log_file})")
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else " ".join(last_line)
+        message = f"worker {failed[0]} stopped: {reason} (full output: {log_file})"
+        if not all(map(is_done, every)):
+            raise ValueError(message)
+        note(f"{message}; the other workers ran its cells")
 
 
 def _gpus() -> list[str]:

@@ -306,6 +306,29 @@ def test_workers_use_the_gpus_of_their_parent(tmp_path, monkeypatch, given, coun
     assert started == names
 
 
+def test_a_killed_worker_is_told_and_ends_the_study_only_if_cells_are_left(tmp_path, monkeypatch, capsys):
+    class Killed:
+        returncode = -9
+
+        def __init__(self, command, *, stdout, **_):
+            stdout.write(b"working\n")
+
+        def poll(self):
+            return -9
+
+        terminate = wait = poll
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", Killed)
+    monkeypatch.setattr(ablate, "is_done", lambda cell: cell != "left")
+    with pytest.raises(ValueError, match=r"^worker 0 stopped: killed by SIGKILL \(full output: .*worker-0.log\)$"):
+        ablate._run_workers(["done", "left"], [], "bench", tmp_path, 2, [])
+    ablate._run_workers(["done", "done"], [], "bench", tmp_path, 2, [])
+    assert "worker 0 stopped: killed by SIGKILL" in capsys.readouterr().err
+    Killed.returncode = 2
+    with pytest.raises(ValueError, match=r"^worker 0 stopped: working \(full"):
+        ablate._run_workers(["left"], [], "bench", tmp_path, 2, [])
+
+
 def test_a_cell_that_is_killed_while_its_weights_are_removed_is_not_trained_again(tiny, tmp_path, monkeypatch):
     [cell, *_] = cells(read_study(tiny), tiny, "bench", tmp_path / "out", ["score.teachers=true"])
     weights, ran, scored = cell.folder / "train" / "checkpoints" / "a", [], []

@@ -12,10 +12,15 @@ import pytest
 import torch
 
 from distill.app import ablate
+from distill.core.crops import generator
 from distill.core.seal import sealed
 from distill.training import checkpoints, parallel, state, step
-from tests.training.test_step import noise, some_run
-from tests.training.toys import run, settings
+from distill.training.batches import MicroBatch, TaughtRows
+from distill.training.heldout import HeldOutSamples, evaluate
+from distill.training.sampling import MicroBatchPositions, Order
+from distill.training.trainlog import WALL_CLOCK
+from tests.training.test_step import flat, noise, some_run
+from tests.training.toys import Toys, collate, run, settings
 
 
 def together(count, call):
@@ -46,7 +51,7 @@ def together(count, call):
         except (ValueError, OSError, threading.BrokenBarrierError) as error:
             results[index] = error
 
-    threads = [threading.Thread(target=one, args=(index,)) for index in range(count)]
+    threads = [threading.Thread(target=one, args=(index,), name=str(index)) for index in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -97,6 +102,15 @@ def test_a_machine_without_the_checkpoint_gets_it_and_a_shared_folder_is_left_al
     assert same([kept, kept]) == [None] * 2
 
 
+def test_one_process_of_a_machine_writes_what_it_gets(kept, tmp_path, monkeypatch):
+    written, real = [], checkpoints.files.writing_folder
+    local_rank = {"0": 0, "1": 0, "2": 1}
+    monkeypatch.setattr(parallel.machine, "from_launcher", lambda *_: local_rank[threading.current_thread().name])
+    monkeypatch.setattr(checkpoints.files, "writing_folder", lambda path: written.append(path) or real(path))
+    assert same([kept, tmp_path, tmp_path]) == [None] * 3
+    assert len(written) == 1 and checkpoints.find(tmp_path)[0].step == 2
+
+
 @pytest.mark.parametrize("fault", ["bytes", "run"])
 def test_a_copy_that_is_not_the_main_processs_is_refused_in_all(kept, tmp_path, fault):
     """Its process would go on from other weights than the rest, and nothing would show it."""
@@ -118,14 +132,15 @@ def test_a_copy_that_is_not_the_main_processs_is_refused_in_all(kept, tmp_path, 
 
 
 def test_the_image_of_another_process_that_is_not_finite_is_named(tmp_path):
+    runs = [some_run(tmp_path, log_every=5) for _ in range(2)]
+
     def one(processes):
         micro = noise(processes.index, 4)
         micro = replace(micro, keys=tuple(f"{processes.index}-{key}" for key in micro.keys))
         if processes.index == 1:
             micro.images[2] = torch.nan
-        asked = some_run(tmp_path, log_every=5)
-        asked.processes = processes
-        return step.take_step(asked, iter([micro]))
+        runs[processes.index].processes = processes
+        return step.take_step(runs[processes.index], iter([micro]))
 
     errors = together(2, one)
     for error in errors:
@@ -163,3 +178,111 @@ def test_a_study_is_not_run_by_a_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"^a study starts its own processes: distill ablate STUDY --processes N"):
         ablate.run_studies([tmp_path / "study.toml"], out=tmp_path)
+
+
+# --- what each process takes ------------------------------------------------------------------------------------------
+
+
+def test_parts_are_dealt_in_the_order_of_the_stream():
+    """Part by part over the processes: dropout and the line's sums depend on it, and a run resumes with both."""
+    cut = {"order": Order(tuple(range(20)), seed=0), "batch_size": 8, "accumulate": 2, "processes": 2, "steps": 5}
+    taken = [MicroBatchPositions(process=process, **cut).after(3) for process in range(2)]
+    places = [[[place.position - 24 for place in part] for part in positions] for positions in taken]
+    assert [parts[:2] for parts in places] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    assert [len(positions) for positions in taken] == [len(parts) for parts in places] == [4, 4]
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(3, 1), (1, 3), (2, 8), (16, 1)])
+def test_a_batch_is_cut_evenly_or_not_at_all(processes, accumulate):
+    cut = {"order": Order(tuple(range(20)), 0), "batch_size": 8, "process": 0, "steps": 5}
+    with pytest.raises(ValueError, match=rf"must be a multiple of .* \({processes} x {accumulate}\)"):
+        MicroBatchPositions(accumulate=accumulate, processes=processes, **cut)
+    with pytest.raises(ValueError, match="7 training samples are fewer than one batch of 8"):
+        MicroBatchPositions(**{**cut, "order": Order(tuple(range(7)), 0)}, accumulate=1, processes=2)
+
+
+# --- a step and an evaluation are those of the whole batch ------------------------------------------------------------
+
+
+def test_two_halves_of_a_batch_are_the_batch(tmp_path):
+    """A line is of all processes' images, and the mean of the gradients, as they exchange it, is the whole's."""
+    images = noise(3, 4).images
+    teachers = ("a", "b")
+
+    def micro(at, names):
+        taught = tuple(TaughtRows(rows, flat([1.0] * 2), name) for name, rows in names)
+        return MicroBatch(tuple(map(str, at)), images[list(at)], taught, tuple(at))
+
+    one = some_run(tmp_path, batch_size=4, clip_norm=0.0)
+    rows = [torch.tensor([0, 1]), torch.tensor([2, 3])]
+    whole = step.take_step(one, iter([micro(range(4), list(zip(teachers, rows, strict=True)))]))
+    runs = [some_run(tmp_path, batch_size=4, clip_norm=0.0) for _ in range(2)]
+
+    def half(processes):
+        own = runs[processes.index]
+        own.processes, own.told_to_stop = processes, lambda: processes.index == 1
+        at = range(2 * processes.index, 2 * processes.index + 2)
+        return step.take_step(own, iter([micro(at, [(teachers[processes.index], None)])])), own.stopping
+
+    (line, stops), (same_line, stops_too) = together(2, half)
+    assert stops and stops_too and not one.stopping, "whichever was told"
+    clocks = {*WALL_CLOCK, "grad_norm"}
+    for found in (line, same_line):
+        assert found.keys() == whole.keys() and found["images_per_s"] * found["seconds"] == pytest.approx(4)
+        for name in found.keys() - clocks:
+            assert found[name] == (pytest.approx(whole[name]) if isinstance(whole[name], float) else whole[name]), name
+    for mine, *theirs in zip(one.parameters, *(run_.parameters for run_ in runs), strict=True):
+        torch.testing.assert_close(sum(p.grad for p in theirs) / 2, mine.grad)
+
+
+def test_a_number_that_only_one_process_has_is_in_the_sums_of_all(tmp_path):
+    runs = [some_run(tmp_path) for _ in range(3)]
+
+    def one(processes):
+        own = runs[processes.index]
+        own.processes = processes
+        sums = {"a": torch.tensor(1.0 + processes.index).double()}
+        sums |= {"b": torch.tensor(5.0).double()} if processes.index == 2 else {}
+        return [step._reduce(own, sums, torch.tensor(2.0)) for _ in range(2)]
+
+    assert together(3, one) == [[{"a": 6.0, "b": 5.0, "grad_norm": 2.0}] * 2] * 3
+
+
+def test_parts_of_a_step_exchange_gradients_once_and_draw_by_process(tmp_path, monkeypatch):
+    alone, seeds = [], []
+    monkeypatch.setattr(step, "_seed", lambda seed, device: seeds.append(seed))
+    own = some_run(tmp_path, batch_size=6, accumulate=3)
+    own.processes = replace(own.processes, index=1, without_exchange=lambda model: alone.append(1) or nullcontext())
+    step.take_step(own, iter([noise(part, 2) for part in range(3)]))
+    assert len(alone) == 2
+    assert seeds == [int(generator("step", 0, 0, 1, part).integers(2**62)) for part in range(3)]
+
+
+def partly(samples):
+    """As `collate`, but images 2 and 3 have no label."""
+    batch = collate(samples)
+    known = torch.tensor([not key.startswith("image1-") for key in batch.keys])[:, None, None]
+    maps = {name: replace(labels.shared, valid=labels.shared.valid & known) for name, labels in batch.labels.items()}
+    return replace(batch, labels={name: replace(batch.labels[name], shared=found) for name, found in maps.items()})
+
+
+def many_parts(pred, labels, features=None, teacher_features=None):
+    loss = (pred - labels.shared.values).abs().mean((1, 2)) * labels.known
+    return loss, {f"part{i}": (i + 1) * loss for i in range(9)}
+
+
+def test_an_evaluation_is_of_every_held_out_image_once(tmp_path):
+    runs = [some_run(tmp_path, objective=many_parts, eval_batch_size=2) for _ in range(7)]
+
+    def one(processes):
+        runs[processes.index].processes = processes
+        return evaluate(runs[processes.index], HeldOutSamples(Toys(), range(11), partly))
+
+    [[whole], *others] = [together(count, one) for count in (1, 2, 4, 7)]
+    assert whole["samples"] == 11 and whole["left_out"] == 2.0
+    for lines in others:
+        assert all(line == lines[0] for line in lines) and lines[0].keys() == whole.keys()
+        assert lines[0]["heldout"] == pytest.approx(whole["heldout"], rel=1e-6) and lines[0]["left_out"] == 2.0
+        assert lines[0]["heldout_parts"] == pytest.approx(whole["heldout_parts"], rel=1e-6)
+        # In this order the parts are summed, and that of a set differs from process to process.
+        assert list(lines[0]["heldout_parts"]) == sorted(whole["heldout_parts"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,13 +225,14 @@ def test_a_student_is_made_ready_as_the_settings_say():
 
 def test_a_reference_holds_still_in_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    asked, reference = settings(), nn.Sequential(nn.Conv2d(3, 2, 1), nn.Dropout())
+    asked, reference = settings(ema=0.7), nn.Sequential(nn.Conv2d(3, 2, 1), nn.Dropout())
     accelerator = parallel.accelerator_of(Toy(), asked, tmp_path, device="cpu")
     assert accelerator.mixed_precision == "no", "the recipe decides, not the launcher's configuration"
     given = {"objective": plain, "reference": reference, "out": tmp_path, "save_student": lambda *given: None}
     run = parallel.new_run(Toy(), accelerator, asked, **given)
     assert run.reference is reference and not any(part.training for part in reference.modules())
     assert not reference[0].weight.requires_grad and run.student.decoder.weight.requires_grad
+    assert run.ema.decay == 0.7
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -242,3 +244,11 @@ def test_operations_are_the_same_to_the_bit_only_where_that_is_asked(monkeypatch
         assert torch.are_deterministic_algorithms_enabled() is wanted is not torch.backends.cudnn.benchmark
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is wanted
     assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_resumed_run_draws_later_points_again_and_keeps_those_before():
+    got = []
+    accelerator = SimpleNamespace(init_trackers=lambda name, init_kwargs: got.append((name, init_kwargs)))
+    parallel.open_trackers(accelerator, settings(trackers=("tensorboard",)), name="a", step=7)
+    parallel.open_trackers(accelerator, settings(), name="a", step=7)
+    assert got == [("a", {"tensorboard": {"purge_step": 8}})]

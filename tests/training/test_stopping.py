@@ -140,6 +140,12 @@ def test_reading_processes_leave_the_decision_to_the_training_process(tmp_path):
     assert checkpoints.find(tmp_path)[-1].step == STEP + 1
 
 
+def test_a_reading_process_ignores_both_however_it_was_started():
+    """A fork has the training process's handlers; one of a server, as of Python 3.14, has none."""
+    loading._init_worker(0)
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == [signal.SIG_IGN] * 2
+
+
 def ends_with_batches_left():
     global batches
     loader = loading.loader_of([1.0, 2.0, 3.0], [[0], [1], [2]], list, loading.Readers(1))
