@@ -17,6 +17,7 @@ from distill.core.seal import sealed
 from distill.training import checkpoints, parallel, state, step
 from distill.training.batches import MicroBatch, TaughtRows
 from distill.training.heldout import HeldOutSamples, evaluate
+from distill.training.resume import resume
 from distill.training.sampling import MicroBatchPositions, Order
 from distill.training.trainlog import WALL_CLOCK
 from tests.training.test_step import flat, noise, some_run
@@ -126,6 +127,34 @@ def test_a_copy_that_is_not_the_main_processs_is_refused_in_all(kept, tmp_path, 
     errors = same([kept, tmp_path, kept])
     assert len({str(error) for error in errors}) == 1 and isinstance(errors[0], ValueError)
     assert f"checkpoint of step 2: {folder} on " in str(errors[0]) and str(kept) not in str(errors[0])
+
+
+def resumed(kept, outs):
+    """What `resume` does in processes with these folders, and their runs."""
+    facts = {name: checkpoints.find(kept)[0].state[name] for name in ("identity", "samples", "data")}
+    runs = [some_run(out, steps=4, save_every=2) for out in outs]
+
+    def one(processes):
+        own = runs[processes.index]
+        own.processes, own.facts = processes, facts
+        resume(own, print)
+        if own.log:
+            own.log.close()
+
+    return together(len(outs), one), runs
+
+
+def test_all_processes_go_on_from_the_main_ones_newest_step(kept, tmp_path):
+    copied(kept, tmp_path / "main")
+    ended, runs = resumed(kept, [tmp_path / "main", tmp_path / "other"])
+    assert ended == [None, None] and [own.step for own in runs] == [2, 2]
+    assert [own.log is not None for own in runs] == [True, False]
+    assert all(map(torch.equal, *(own.parameters for own in runs)))
+    errors, _ = resumed(kept, [tmp_path / "main", kept])
+    assert {str(error).partition(":")[0] for error in errors} == {
+        f"{out} is not the same folder on all machines, and the main process's has an older step ([2, 4])"
+        for out in (tmp_path / "main", kept)
+    }
 
 
 # --- what one of them meets -------------------------------------------------------------------------------------------
