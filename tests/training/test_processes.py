@@ -7,6 +7,7 @@ import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from distill.app import ablate
 from distill.core.crops import generator
 from distill.core.seal import sealed
 from distill.training import checkpoints, parallel, state, step
+from distill.training import train as train_module
 from distill.training.batches import MicroBatch, TaughtRows
 from distill.training.heldout import HeldOutSamples, evaluate
 from distill.training.resume import resume
 from distill.training.sampling import MicroBatchPositions, Order
+from distill.training.stopping import Stopped
 from distill.training.trainlog import WALL_CLOCK
 from tests.training.test_step import flat, noise, some_run
 from tests.training.toys import Toys, collate, run, settings
@@ -178,6 +181,17 @@ def test_the_image_of_another_process_that_is_not_finite_is_named(tmp_path):
     assert dumps == ["process-0.json", "process-1.json"]
 
 
+def test_a_process_that_is_told_to_stop_waits_for_the_main_ones_checkpoint():
+    """A launcher that sees it end kills the others."""
+    for step_, waits in ((7, [1]), (20, [])):
+        waited: list[int] = []
+        own = SimpleNamespace(step=step_, settings=settings(), evaluations_since_best=0)
+        own.processes = SimpleNamespace(main=False, wait=lambda kept=waited: kept.append(1))
+        with pytest.raises(Stopped) if waits else nullcontext():
+            train_module._obey(own, print)
+        assert waited == waits
+
+
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1. This is ..."
 
 
@@ -271,10 +285,11 @@ def test_a_number_that_only_one_process_has_is_in_the_sums_of_all(tmp_path):
         own = runs[processes.index]
         own.processes = processes
         sums = {"a": torch.tensor(1.0 + processes.index).double()}
-        sums |= {"b": torch.tensor(5.0).double()} if processes.index == 2 else {}
-        return [step._reduce(own, sums, torch.tensor(2.0)) for _ in range(2)]
+        more = {"b": torch.tensor(5.0).double()} if processes.index == 2 else {}
+        return [step._reduce(own, given, torch.tensor(2.0)) for given in (sums, sums | more, sums)]
 
-    assert together(3, one) == [[{"a": 6.0, "b": 5.0, "grad_norm": 2.0}] * 2] * 3
+    a = {"a": 6.0, "grad_norm": 2.0}
+    assert together(3, one) == [[a, {**a, "b": 5.0}, {**a, "b": 0.0}]] * 3
 
 
 def test_parts_of_a_step_exchange_gradients_once_and_draw_by_process(tmp_path, monkeypatch):

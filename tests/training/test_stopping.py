@@ -85,7 +85,8 @@ class _Telling:
 
 
 def test_processes_stop_at_the_same_step_whichever_was_told(tmp_path, processes):
-    assert ended_as([(one_of_two, tmp_path, rank) for rank in ranks_of_two()], processes) == [3, 3]
+    ranks = ranks_of_two(machines=2)  # which share the folder
+    assert ended_as([(one_of_two, tmp_path, rank) for rank in ranks], processes) == [3, 3]
     (saved,) = checkpoints.find(tmp_path)
     assert saved.step == STEP
 

@@ -145,6 +145,8 @@ def test_an_encoder_that_waits_begins_at_its_step_and_resumes_alike(tmp_path, el
     assert all(torch.equal(waited[f"student/encoder.{k}"], v) for k, v in first.items())
     assert not any(name.startswith("optimizer/encoder") for name in waited)
     assert not torch.equal(waited["student/decoder.weight"], Toy().decoder.weight)
+    _, begun = run(tmp_path / "begun", steps=9, freeze_steps=8, warmup_steps=2, val_fraction=0.0)
+    assert not torch.equal(begun.encoder[0].weight, first["0.weight"]), "whether or not it is evaluated there"
     result, student = run(tmp_path / "whole", freeze_steps=8)
     assert_same_run(elsewhere / "two_wait", tmp_path / "whole")
     assert not torch.equal(student.encoder[0].weight, first["0.weight"])
