@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from distill.app.strict import RecipeError
 from distill.app.study import Column, cells, read_study
 from distill.eval.score import score_predictions
 from distill.eval.verdict import UNKNOWN, paper_effect
+from distill.labelling.lock import run_lock
 from distill.training import trainlog
 from tests.app.test_recipes import STUDIES
 from tests.eval import test_boundary
@@ -284,13 +286,16 @@ def test_faults_of_a_study_are_lines(tiny, tmp_path):
     ],
 )
 def test_workers_use_the_gpus_of_their_parent(tmp_path, monkeypatch, given, count, names):
-    started = []
+    started, threads = [], []
+    monkeypatch.setattr(ablate.os, "cpu_count", lambda: 7)
 
     class Ended:
         returncode = 0
 
         def __init__(self, command, *, env, **_):
             started.append(env["CUDA_VISIBLE_DEVICES"])
+            threads.append(env["OMP_NUM_THREADS"])
+            assert command[-3:] == ["--worker", "--set", "train.lr=1.0"]
 
         def poll(self):
             return 0
@@ -302,8 +307,19 @@ def test_workers_use_the_gpus_of_their_parent(tmp_path, monkeypatch, given, coun
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if given:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    ablate._run_workers([], [], "bench", tmp_path, 3, [])
-    assert started == names
+    ablate._run_workers([], [], "bench", tmp_path, 3, ["train.lr=1.0"])
+    assert started == names and threads == ["2"] * 3
+
+
+def test_a_cell_that_another_process_holds_or_has_finished_is_not_run(tmp_path, monkeypatch):
+    cell, ran = SimpleNamespace(folder=tmp_path / "cell"), []
+    monkeypatch.setattr(ablate, "_run", ran.append)
+    with run_lock(tmp_path, rank=0, world=1), monkeypatch.context() as patch:
+        patch.setattr(cell, "folder", tmp_path)
+        assert ablate._run_if_free(cell) is False and not ran, "it is waited for"
+    assert ablate._run_if_free(cell) and ran == [cell]
+    (cell.folder / "cell.json").write_text("{}")  # by another process, since it was looked for
+    assert ablate._run_if_free(cell) and len(ran) == 1
 
 
 def test_a_killed_worker_is_told_and_ends_the_study_only_if_cells_are_left(tmp_path, monkeypatch, capsys):

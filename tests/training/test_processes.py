@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from distill.app import ablate
+from distill.core import machine
 from distill.core.crops import generator
 from distill.core.seal import sealed
 from distill.training import checkpoints, parallel, state, step
@@ -221,6 +222,18 @@ def test_a_study_is_not_run_by_a_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"^a study starts its own processes: distill ablate STUDY --processes N"):
         ablate.run_studies([tmp_path / "study.toml"], out=tmp_path)
+
+
+# --- what the processes of one machine share --------------------------------------------------------------------------
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(machine, "open_files", lambda: None)
+    monkeypatch.setattr(machine, "shared_memory", lambda: 100_000_000)
+    for count, fits, readers in (("-1", True, (2, 4)), ("1", True, (2, 4)), ("2", True, (2, 1)), ("3", False, (0, 1))):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        assert machine.has_shared_memory(50_000_000) is fits
+        assert machine.readers(2, 4, size=8_000_000 if count != "3" else 10_000_000, tensors=8)[:2] == readers
 
 
 # --- what each process takes ------------------------------------------------------------------------------------------
