@@ -311,6 +311,24 @@ def test_workers_use_the_gpus_of_their_parent(tmp_path, monkeypatch, given, coun
     assert started == names and threads == ["2"] * 3
 
 
+def test_a_study_that_is_stopped_stops_its_workers_and_waits_for_them(tmp_path, monkeypatch):
+    done = []
+
+    class Working:
+        def __init__(self, *_, **__):
+            self.poll, self.terminate = lambda: None, lambda: done.append("told")
+            self.wait = lambda: done.append("ended")
+
+    def stopped(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", Working)
+    monkeypatch.setattr(ablate.time, "sleep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ablate._run_workers([], [], "bench", tmp_path, 2, [])
+    assert done == ["told", "told", "ended", "ended"]
+
+
 def test_a_cell_that_another_process_holds_or_has_finished_is_not_run(tmp_path, monkeypatch):
     cell, ran = SimpleNamespace(folder=tmp_path / "cell"), []
     monkeypatch.setattr(ablate, "_run", ran.append)
