@@ -59,6 +59,15 @@ class _Parser(argparse.ArgumentParser):
             message += "; `distill --help` lists them"
         super().error(message)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but a command's unknown option is reported with that command's usage, and the nearest one."""
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = re.findall(r"--[\w-]+", given.command.format_help())
+            hint = did_you_mean(unknown[0].partition("=")[0], known) if unknown[0].startswith("--") else ""
+            given.command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return given
+
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; each command's own help is in its file."""
@@ -84,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
         )
         verb.arguments(sub)
         _switches(sub, default=argparse.SUPPRESS)  # accepted before the command or after it
-        sub.set_defaults(verb=verb.run)
+        sub.set_defaults(verb=verb.run, command=sub)
     return top_parser
 
 

@@ -21,6 +21,7 @@ import copy
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -228,10 +229,16 @@ class StudyCell:
 def read_study(path: Path | str) -> Study:
     """The study in the file `path`. Raises RecipeError with one line per fault."""
     table = read_toml(Path(path))
-    for missing, given in (("full", "bench"), ("bench", "full")):
-        if given in table:
-            table.setdefault(missing, table[given])
-    return parse_into(Study, table, where=str(path))
+    only = [name for name in ("full", "bench") if name in table]
+    copied = {"full", "bench"} - set(only) if only else set()
+    try:
+        return parse_into(Study, table | {name: table[only[0]] for name in copied}, where=str(path))
+    except RecipeError as error:  # the faults of a copy are those of what was written
+        lines = str(error).splitlines()
+        of_copy = re.compile(rf"\b({'|'.join(copied) or '(?!)'})\.")
+        raise RecipeError(
+            "\n".join(line for line in lines if not of_copy.search(line.removeprefix(str(path))))
+        ) from None
 
 
 def cells(

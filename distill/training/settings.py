@@ -197,7 +197,10 @@ def _bad_lengths(s: TrainSettings) -> list[str]:
     if s.warmup_epochs and not s.warmup_epochs < s.epochs:
         faults.append(f"warmup_epochs ({s.warmup_epochs:g}) must be fewer than epochs ({s.epochs:g})")
     if not s.epochs and s.warmup_steps >= s.steps:
-        faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
+        default = (
+            ", the default" if s.warmup_steps == TrainSettings.__dataclass_fields__["warmup_steps"].default else ""
+        )
+        faults.append(f"warmup_steps ({s.warmup_steps}{default}) must be fewer than steps ({s.steps})")
     return faults
 
 

@@ -276,6 +276,14 @@ def test_faults_of_a_study_are_lines(tiny, tmp_path):
             read_study(tiny)
 
 
+def test_a_fault_of_the_only_version_is_told_once(tiny):
+    bench = STUDY.replace("seeds = [0, 1]", "seed = [0, 1]")
+    tiny.write_text(bench[: bench.index("[full]")] + bench[bench.index("[bench]") :])
+    with pytest.raises(RecipeError) as refusal:
+        read_study(tiny)
+    assert str(refusal.value) == f"{tiny}: unknown key bench.seed; did you mean bench.seeds?"
+
+
 @pytest.mark.parametrize(
     ("given", "count", "names"),
     [

@@ -190,6 +190,10 @@ def test_an_option_that_would_change_nothing_is_refused(capsys, words, said):
     [
         (["lable", "r.toml"], "did you mean label?"),
         (["list", "benchmark"], "did you mean benchmarks?"),
+        (
+            ["predict", "a.jpg", "--fromats", "npy"],
+            "predict: error: unrecognized arguments: --fromats npy; did you mean",
+        ),
         (["export", "pocket", "out", "--bits", "5"], "(choose from"),
         ([], "`distill --help` lists them"),
     ],

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.core.plugins import allow
     from distill.data import filetypes
     from distill.inference import predict
+    from distill.inference.outputs import SOLID
     from distill.inference.solid import FOV
 
     student_only = {"--student": args.student, "--size": args.size, "--encoder-weights": args.encoder_weights}
@@ -78,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
     _check_used(args, takes_focal=estimator.takes_focal)
     for line in survey.notes:
         note(line)
+    solid_formats = [name for name in args.formats if name in SOLID]
+    if solid_formats and any(job.is_video for job in jobs) and len(solid_formats) < len(args.formats):
+        note(f"videos have no {', '.join(solid_formats)}: only photos get them")
     if estimator.takes_focal and args.fov is None and not args.intrinsics:
         note(f"its metres depend on the camera: each photo's EXIF, else {FOV:g} degrees across; --fov sets it")
     with progress("predict") as report:
