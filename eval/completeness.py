@@ -22,7 +22,8 @@ from distill.core.findings import Finding
 from distill.core.plugins import find
 from distill.core.wording import counted
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.benchmarks._files import FileLayout, Files, Rows, locate, rows_found, rows_of_list
+from distill.eval.benchmarks._files import Files, locate, rows_found, rows_of_list
+from distill.eval.benchmarks._layouts import FileLayout, Rows
 from distill.eval.protocol import Protocol, list_hash
 from distill.eval.tasks import size_of
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.core import signatures
 from distill.core.depth import Kind
 from distill.core.files import decoded
 
@@ -44,9 +45,16 @@ def read_annotations(root: Path | str) -> dict[str, list[PointPair]]:
     """The annotated pairs of every image; `root` is the folder of annotations.json, or that file."""
     path = Path(root) / "annotations.json" if Path(root).is_dir() else Path(root)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the root of DA-2K is the folder that holds annotations.json")
+        packed = min((name.name for name in path.parent.glob("*.zip")), default="")
+        hint = f": {packed} should be unpacked" if packed else ""
+        raise FileNotFoundError(
+            f"{path}: no such file; the root of DA-2K is the folder that holds annotations.json{hint}"
+        )
+    data = path.read_bytes()
+    if signatures.is_packed(kind := signatures.sniff(data)):
+        raise ValueError(f"{path}: {kind}: unpack it, and give the folder that holds annotations.json")
     try:
-        content = json.loads(decoded(path.read_bytes()))
+        content = json.loads(decoded(data))
         return {image: [_pair(entry) for entry in entries] for image, entries in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not DA-2K's annotations ({type(error).__name__}: {error})") from error

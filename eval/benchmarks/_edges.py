@@ -13,7 +13,8 @@ from pathlib import Path
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, prediction_path
-from distill.eval.benchmarks._files import FileLayout, Files, ListRow, published
+from distill.eval.benchmarks._files import Files, published
+from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.protocol import Protocol
 
 

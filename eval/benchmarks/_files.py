@@ -19,7 +19,6 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO
 
@@ -31,44 +30,17 @@ from torch import Tensor
 from distill.core import signatures
 from distill.core.depth import DepthMap, Kind
 from distill.core.division import unit_range
-from distill.core.files import decoded, files_below, inside, leaves_root
+from distill.core.files import files_below, inside
 from distill.data import maps
+from distill.data.filetypes import is_litter
 from distill.data.photos import BadImageError, decode
+from distill.eval.benchmarks._layouts import FileLayout, Rows, read_list
 from distill.eval.protocol import Protocol, list_hash
 
 _OPENERS: dict[str, Callable[..., IO[Any]]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 
 MARIGOLD_HOST = "https://share.phys.ethz.ch/~pf/bingkedata/marigold/evaluation_dataset/"
 """Where Marigold's authors host the archives. They publish no checksums."""
-
-ListRow = tuple[str, ...]
-Rows = list[ListRow]
-
-
-@dataclass(frozen=True, slots=True)
-class FileLayout:
-    """The layout of a published benchmark on disk.
-
-    archive: the published archive, relative to the folder of all of them. columns: the number of columns of the
-    published list that name files. row: name -> the files of one image (rgb first) if `name` is the file that defines
-    an image, else None. strip: an optional prefix of every name in a list. size: name -> the required number of bytes,
-    None if unknown. parts: group -> its number of images and the hash of their list. shape: the layout in words.
-    canonical: a file's name as its own host ships it -> the name in the published archive, None for any other.
-    """
-
-    archive: str
-    columns: int
-    row: Callable[[str], ListRow | None]
-    strip: str = ""
-    size: Callable[[str], int | None] = lambda _: None
-    parts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    shape: str = ""
-    canonical: Callable[[str], str | None] = lambda _: None
-
-    def rows(self, names: set[str]) -> tuple[Rows, Rows]:
-        """The rows whose files all exist, and those that lack one, both sorted."""
-        rows = sorted(row for name in names if (row := self.row(name)) is not None)
-        return [row for row in rows if names.issuperset(row)], [row for row in rows if not names.issuperset(row)]
 
 
 class Files:
@@ -92,10 +64,11 @@ class Files:
             raise OSError(self.damage)
 
     def names(self) -> set[str]:
-        """Every file's path relative to the root."""
+        """Every file's path relative to the root, without what systems leave behind (macOS's ._NAME)."""
         if self._tar is not None:
-            return set(self._members)
-        return {path.relative_to(self.root).as_posix() for path in files_below(self.root)}
+            return {name for name in self._members if not is_litter(name)}
+        paths = (path.relative_to(self.root).as_posix() for path in files_below(self.root))
+        return {name for name in paths if not is_litter(name)}
 
     def set_aliases(self, names: Mapping[str, str]) -> None:
         """Set aliases of files: requested name -> the file's own name."""
@@ -204,52 +177,78 @@ def published(
     if list_file is not None:
         rows = rows_of_list(files, list_file, layout)
     else:
-        rows, _ = rows_found(files, protocol, layout)
-        _check_listed(files.root, protocol, layout, files.names(), [row[0] for row in rows])
+        rows, broken = rows_found(files, protocol, layout)
+        _check_listed(files, protocol, layout, [row[0] for row in rows], broken)
     names = [name for row in rows for name in row]
     missing = [name for name in names if not files.has(name)]
     if missing:
         listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        if files.root.is_dir() and (files.root.absolute().parent / missing[0]).is_file():
+            listed += f"; the list begins one folder higher: give {files.root.absolute().parent}"
         raise FileNotFoundError(f"{files.root}: {len(missing)} of the {len(names)} files listed are missing: {listed}")
     return files, rows
 
 
 def rows_of_list(files: Files, list_file: Path | str, layout: FileLayout) -> Rows:
     """The rows of a list; its names become aliases of the files, wherever below the root these lie."""
-    rows = read_list(list_file, layout)
+    rows = read_list(list_file, layout, files.names)
     if not all(files.has(name) for row in rows for name in row):
         files.set_aliases(
-            _find_aliases(files.names(), layout, lambda names: sum(names.issuperset(row) for row in rows))
+            _find_aliases(files, layout, lambda names: [row for row in rows if names.issuperset(row)], len)
         )
     return rows
 
 
 def rows_found(files: Files, protocol: Protocol, layout: FileLayout) -> tuple[Rows, Rows]:
     """The rows that the layout's rule finds, and those that lack a file; their names become aliases of the files."""
-    names = files.names()
-    rows = layout.rows(names)
+    rows = layout.rows(files.names())
     if not _is_published(protocol, rows[0]):
-        aliases = _find_aliases(names, layout, lambda names: _worth(protocol, layout.rows(names)[0]))
+        aliases = _find_aliases(files, layout, lambda names: layout.rows(names)[0], lambda rows: _worth(protocol, rows))
         if aliases:
             files.set_aliases(aliases)
             return layout.rows(set(aliases))
     return rows
 
 
-def _find_aliases(there: set[str], layout: FileLayout, worth: Callable[[set[str]], int]) -> dict[str, str]:
+def _find_aliases(
+    files: Files, layout: FileLayout, find: Callable[[set[str]], Rows], worth: Callable[[Rows], int]
+) -> dict[str, str]:
     """Names of the layout -> the files' own, if the benchmark lies in an inner folder or as its host ships it.
 
-    Chooses the folder (at most three levels down, of the 24 with the most files) of the highest `worth`; empty if none
-    is worth more than the root itself.
+    Chooses the folder (at most three levels down, of the 24 with the most files) whose rows, by `find`, have the
+    highest `worth`; empty if none is worth more than the root itself. ValueError where two are worth as much, and are
+    not copies of each other: either may be the resized one.
     """
+    there = sorted(files.names())
     parts = [name.split("/") for name in there]
     heads = Counter("/".join(part[:depth]) + "/" for part in parts for depth in (1, 2, 3) if len(part) > depth)
     candidates = [
         {name[len(head) :]: name for name in there if name.startswith(head)} for head, _ in heads.most_common(24)
     ]
-    candidates.append({called: name for name in sorted(there) if (called := layout.canonical(name))})
-    best = max(candidates, key=lambda names: worth(set(names)))
-    return best if worth(set(best)) > worth(there) else {}
+    shipped: dict[str, list[str]] = {}
+    for name in there:
+        if called := layout.canonical(name):
+            shipped.setdefault(called, []).append(name)
+    candidates += [{called: names[end] for called, names in shipped.items()} for end in (-1, 0)]
+    found = [(candidate, find(set(candidate))) for candidate in candidates]
+    best, rows = max(found, key=lambda pair: worth(pair[1]))
+    if worth(rows) <= worth(find(set(there))):
+        return {}
+    for other, others in found:
+        if worth(others) == worth(rows):
+            _check_copies(files, best, other, [name for row in rows for name in row])
+    return best
+
+
+def _check_copies(files: Files, best: Mapping[str, str], other: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raise ValueError if a name means two different files, by the sizes and ends of the first hundred."""
+    two = [name for name in names if name in other and other[name] != best[name]]
+    for name in two[:100]:
+        if files.ends(best[name]) != files.ends(other[name]):
+            raise ValueError(
+                f"{files.root}: {best[name]} and {other[name]} differ, and either may be meant: give the folder of one "
+                "as root"
+            )
 
 
 def _is_published(protocol: Protocol, rows: Rows) -> bool:
@@ -290,63 +289,54 @@ def locate(root: Path | str | None, benchmark: str, layout: FileLayout) -> Path:
     return root
 
 
-def _check_listed(root: Path, protocol: Protocol, layout: FileLayout, there: set[str], keys: Sequence[str]) -> None:
-    """Raise ValueError unless these are the images of the published list; says what was searched for, and where."""
+def _check_listed(files: Files, protocol: Protocol, layout: FileLayout, keys: Sequence[str], broken: Rows) -> None:
+    """Raise ValueError unless these are the images of the published list; says what was searched for, and where.
+
+    broken: images that lack a file. Without a published list, one of them is an error: its score would go unnoticed.
+    """
     if len(keys) == protocol.num_images and list_hash(keys) == protocol.list_sha256:
         return
+    lack = ""
+    if broken:
+        lacking = next(name for name in broken[0] if not files.has(name))
+        lack = f"{len(broken)} of {len(keys) + len(broken)} images lack a file, such as {lacking}"
     if keys and not protocol.num_images:
+        if broken:
+            raise ValueError(f"{files.root}: {lack}; complete the folder, or name the images with --list")
         return  # no list is published
     how = f"expected layout: {layout.shape}" if layout.shape else f"{protocol.benchmark}.py has the expected layout"
-    hint = f"{how}; searched here and in the folders below"
-    hint += f", among {len(there)} files such as {min(there)}" if there else "; it is empty"
-    if any(name.endswith(".mat") for name in there) and not keys:
-        hint += f"; the only .mat read is NYU's nyu_depth_v2_labeled.mat; or `distill fetch {protocol.benchmark}`"
+    hint = f"{lack}; {how}" if lack else how
+    hint += "; searched here and in the folders below" + _what_lies_there(files.names(), protocol, not keys)
     if not protocol.num_images:
-        raise ValueError(f"{root}: no images of {protocol.benchmark}; {hint}")
+        raise ValueError(f"{files.root}: no images of {protocol.benchmark}; {hint}")
     too_many = len(keys) > protocol.num_images
     remedy = "name the images to use with --list" if too_many else "complete the folder, or name the images with --list"
     raise ValueError(
-        f"{root}: found {len(keys)} images of {protocol.benchmark}, which are not the {protocol.num_images} of the "
-        f"published list; {remedy} ({hint})"
+        f"{files.root}: found {len(keys)} images of {protocol.benchmark}, which are not the {protocol.num_images} of "
+        f"the published list; {remedy} ({hint})"
     )
 
 
-def read_list(path: Path | str, layout: FileLayout) -> Rows:
-    """The rows of a list in the published columns, cut to those that name files; reports all faults at once.
+def _what_lies_there(there: set[str], protocol: Protocol, nothing: bool) -> str:
+    """What a search went through; where it found nothing, what is packed, or kept in a format that is not read."""
+    if not there:
+        return "; it is empty"
+    hint = f", among {len(there)} files such as {min(there)}"
+    if not nothing:
+        return hint
+    for suffixes, advice in _PACKED.items():
+        if name := min((name for name in there if name.lower().endswith(suffixes)), default=""):
+            hint += f"; {name} {advice}"
+    if any(name.endswith(".mat") for name in there):
+        hint += f"; the only .mat read is NYU's nyu_depth_v2_labeled.mat; or `distill fetch {protocol.benchmark}`"
+    return hint
 
-    A layout of one column takes a list of images, whose other files follow from the layout.
 
-    A file `None` stands for "no truth": such rows are left out.
-    """
-    path, columns = Path(path), layout.columns
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such list")
-    rows, faults = [], []
-    seen: set[str] = set()
-    try:
-        lines = decoded(path.read_bytes()).splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8 text") from error
-    for number, line in enumerate(lines, 1):
-        row = tuple(line.split())[:columns]
-        if row and columns == 1:  # a name may hold spaces
-            row = layout.row(line.strip().removeprefix(layout.strip)) or ()
-            if not row:
-                faults.append(f"line {number} names no image")
-                continue
-        if not row:
-            continue
-        if len(row) < columns:
-            faults.append(f"line {number} has {len(row)} of {columns} columns")
-        elif row[0] in seen:
-            faults.append(f"line {number} repeats {row[0]}")
-        elif any(leaves_root(name) for name in row):
-            faults.append(f"line {number} leaves the root")
-        seen.add(row[0] if row else "")
-        rows.append(row)
-    if faults or not rows:
-        raise ValueError(f"{path}: " + ("; ".join(faults[:5]) if faults else "the list is empty"))
-    return [row for row in rows if "None" not in row]
+_PACKED = {
+    (".zip", ".7z", ".rar"): "should be unpacked",
+    (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2"): "should be unpacked, or given as root itself",
+    (".parquet", ".arrow", ".h5", ".hdf5"): "is not read: store its images and depth as files, laid out as expected",
+}
 
 
 def _unpacked(path: Path) -> tuple[bool, BinaryIO]:

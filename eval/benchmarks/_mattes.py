@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from distill.eval.benchmarks import BenchmarkSample, prediction_path
-from distill.eval.benchmarks._files import FileLayout, Files, published
+from distill.eval.benchmarks._files import Files, published
+from distill.eval.benchmarks._layouts import FileLayout
 from distill.eval.protocol import Protocol
 
 

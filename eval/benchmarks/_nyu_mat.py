@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ _TEST = """
 1297-1299 1302-1308 1314-1315 1329-1332 1335-1340 1347-1349 1353-1356 1364-1365 1368-1369 1384-1391 1394-1401
 1407-1414 1421-1424 1430-1433 1441-1449
 """
+_IMAGE = re.compile(r"(?:test|train)/([^/]+)/rgb_(\d{4})\.png")
 _lock = threading.Lock()
 
 
@@ -52,12 +53,22 @@ def find(root: Path | str | None) -> Path | None:
 
 def names(path: Path) -> list[str]:
     """The test images under the archive's names, test/SCENE/rgb_N.png."""
-    file = _open(path)
-    with _lock:
-        scenes = ["".join(map(chr, np.ravel(file[reference][()]))) for reference in np.ravel(file["scenes"][()])]
+    scenes = _scenes(path)
     if len(scenes) < (last := max(numbers := _test())):
         raise ValueError(f"{path}: {len(scenes)} images, but the last one of the test split is number {last}")
     return [f"test/{scenes[number - 1]}/rgb_{number:04d}.png" for number in numbers]
+
+
+def check_listed(path: Path, listed: Iterable[str]) -> None:
+    """ValueError unless the file has every listed image under its name: other lists count differently (BTS from 0)."""
+    scenes = _scenes(path)
+    for name in listed:
+        match = _IMAGE.fullmatch(name)
+        if not match or not 0 < int(match[2]) <= len(scenes) or scenes[int(match[2]) - 1] != match[1]:
+            raise ValueError(
+                f"{path} has no {name}: its images are called test/SCENE/rgb_N.png, N from 0001 on; with a list of "
+                "other names, give the folder of their files as root"
+            )
 
 
 def rgb(path: Path, name: str) -> Tensor:
@@ -76,12 +87,19 @@ def _test() -> Sequence[int]:
     return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
 
 
+def _scenes(path: Path) -> list[str]:
+    """The scene of every image of the file."""
+    file = _open(path)
+    with _lock:
+        return ["".join(map(chr, np.ravel(file[reference][()]))) for reference in np.ravel(file["scenes"][()])]
+
+
 def _read(path: Path, field: str, name: str) -> np.ndarray:
-    number = re.search(r"rgb_(\d+)\.png$", name)
+    number = int(name.removesuffix(".png").rpartition("_")[2])
     file = _open(path)
     try:
         with _lock:
-            return np.asarray(file[field][int(number[1]) - 1 if number else -1])
+            return np.asarray(file[field][number - 1])
     except (OSError, ValueError, IndexError) as error:
         raise OSError(f"{path}: {field} of {name} cannot be read ({error}); download it again") from error
 

@@ -36,7 +36,8 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
     """The annotated images, in the order of the file."""
     if root is None:
         raise ValueError("the benchmark da2k needs a root: the folder that holds annotations.json")
-    folder = next((path for path in (Path(root) / "DA-2K", Path(root)) if (path / "annotations.json").is_file()), root)
+    places = (Path(root, *inner) for inner in (("DA-2K", "DA-2K"), ("DA-2K",), ()))
+    folder = next((path for path in places if (path / "annotations.json").is_file()), root)
     annotations = read_annotations(folder)
     folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
     names = list(annotations) if list_file is None else _names(Path(list_file), annotations)

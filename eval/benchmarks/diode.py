@@ -14,7 +14,8 @@ import numpy as np
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
-from distill.eval.benchmarks._files import MARIGOLD_HOST, FileLayout, Files, ListRow, as_truth, published
+from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, published
+from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.protocol import Protocol
 
 PROTOCOL = Protocol(
@@ -56,10 +57,15 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
     files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
         BenchmarkSample(
-            rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth, mask), rgb.split("/")[0]
+            rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth, mask), _group(rgb)
         )
         for rgb, depth, mask in rows
     ]
+
+
+def _group(rgb: str) -> str:
+    """Indoors or outdoor: the published list begins with it, lists of others with val/."""
+    return next((part for part in rgb.split("/") if part in LAYOUT.parts), rgb.split("/")[0])
 
 
 def _truth(files: Files, depth: str, mask: str) -> DepthMap:

@@ -13,7 +13,8 @@ import numpy as np
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download
 from distill.eval.benchmarks._edges import edge_protocol, edge_samples
-from distill.eval.benchmarks._files import FileLayout, Files, ListRow, as_truth
+from distill.eval.benchmarks._files import Files, as_truth
+from distill.eval.benchmarks._layouts import FileLayout, ListRow
 
 PROTOCOL = edge_protocol("ibims", farthest=50.0, mask="positive depth outside of both masks")
 

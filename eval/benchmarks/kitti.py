@@ -17,10 +17,12 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
-from distill.eval.benchmarks._files import MARIGOLD_HOST, FileLayout, Files, ListRow, as_truth, published, ranged
+from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, published, ranged
+from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.protocol import Protocol
 
 HEIGHT, WIDTH = 352, 1216
+LARGEST = 376, 1242
 
 PROTOCOL = Protocol(
     benchmark="kitti",
@@ -96,5 +98,7 @@ def _truth(files: Files, name: str) -> DepthMap:
 def _crop(name: str, height: int, width: int) -> tuple[slice, slice]:
     if height < HEIGHT or width < WIDTH:
         raise ValueError(f"{name}: {height} x {width} is smaller than KITTI's benchmark crop, {HEIGHT} x {WIDTH}")
+    if height > LARGEST[0] or width > LARGEST[1]:  # the crop would keep another part of the view
+        raise ValueError(f"{name}: {height} x {width} is larger than any image of KITTI: use the images' own size")
     left = int((width - WIDTH) / 2)
     return slice(height - HEIGHT, height), slice(left, left + WIDTH)

@@ -14,17 +14,11 @@ import numpy as np
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download, _nyu_mat, prediction_path
-from distill.eval.benchmarks._files import (
-    MARIGOLD_HOST,
-    FileLayout,
-    Files,
-    ListRow,
-    as_truth,
-    published,
-    ranged,
-    read_list,
-)
+from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, published, ranged
+from distill.eval.benchmarks._layouts import FileLayout, ListRow, read_list
 from distill.eval.protocol import Protocol
+
+HEIGHT, WIDTH = 480, 640
 
 PROTOCOL = Protocol(
     benchmark="nyu",
@@ -56,6 +50,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
     """The test images, by the published list or by rule: every test/*/rgb_N.png with its depth_N.png."""
     if (mat := container(root)) is not None:
         keys = _nyu_mat.names(mat) if list_file is None else [rgb for rgb, _ in read_list(list_file, LAYOUT)]
+        _nyu_mat.check_listed(mat, keys)
         return [
             BenchmarkSample(key, prediction_path(key), partial(_nyu_mat.rgb, mat, key), partial(_truth_of, mat, key))
             for key in keys
@@ -73,14 +68,16 @@ def container(root: Path | str | None) -> Path | None:
 
 
 def _truth_of(mat: Path, key: str) -> DepthMap:
-    return _cropped(_nyu_mat.depth(mat, key))
+    return _cropped(_nyu_mat.depth(mat, key), f"{mat}: {key}")
 
 
 def _truth(files: Files, name: str) -> DepthMap:
-    return _cropped(files.codes(name) / 1000.0)
+    return _cropped(files.codes(name) / 1000.0, f"{files.root}: {name}")
 
 
-def _cropped(depth: np.ndarray) -> DepthMap:
+def _cropped(depth: np.ndarray, name: str) -> DepthMap:
+    if depth.shape != (HEIGHT, WIDTH):  # Eigen's crop would keep other parts of the view
+        raise OSError(f"{name} is {depth.shape[0]} x {depth.shape[1]}, not {HEIGHT} x {WIDTH}: use NYUv2's own size")
     metres, valid = ranged(depth, PROTOCOL)
     crop = np.zeros_like(valid)
     crop[45:471, 41:601] = True

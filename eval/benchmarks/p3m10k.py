@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distill.eval.benchmarks import BenchmarkSample, Download
-from distill.eval.benchmarks._files import FileLayout, ListRow
+from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.benchmarks._mattes import matte_protocol, matte_samples
 
 PROTOCOL = matte_protocol("p3m10k")

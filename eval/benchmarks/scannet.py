@@ -11,7 +11,8 @@ from pathlib import Path
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
-from distill.eval.benchmarks._files import FileLayout, Files, ListRow, as_truth, published, ranged
+from distill.eval.benchmarks._files import Files, as_truth, published, ranged
+from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.protocol import Protocol
 
 PROTOCOL = Protocol(

@@ -1,0 +1,112 @@
+"""Benchmarks with litter, lost files, copies, foreign lists and resized maps: read right, or refused in a line."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distill.eval.benchmarks import _nyu_mat, da2k, diode, ibims, kitti, nyu, scannet
+from tests.eval.test_benchmarks import DEPTH, RGB, content, image, npy, put
+from tests.eval.test_roots import labelled_mat
+
+IBIMS = {
+    f"{folder}/a.png": image(np.full((4, 6), 200, np.uint16 if folder == "depth" else np.uint8))
+    for folder in ("depth", "mask_invalid", "mask_transp")
+} | {"rgb/a.png": image(np.zeros((4, 6, 3), np.uint8))}
+
+
+def listed(tmp_path, *lines):
+    (tmp_path / "list.txt").write_bytes("\r\n".join(lines).encode())
+    return tmp_path / "list.txt"
+
+
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_what_a_mac_or_a_disk_station_leaves_behind_is_no_image(tmp_path, form):
+    litter = {name.replace("/a", "/._a"): b"\0\5\x16\7" for name in IBIMS}
+    litter |= {f"__MACOSX/{name}": b"" for name in IBIMS} | {"rgb/@eaDir/a.png": b"", "rgb/Thumbs.db": b""}
+    assert [sample.key for sample in ibims.samples(put(tmp_path, IBIMS | litter, form))] == ["rgb/a.png"]
+
+
+def test_an_image_that_lacks_a_file_is_not_passed_over(tmp_path):
+    root = put(tmp_path, IBIMS | {"rgb/b.png": b"", "depth/b.png": b"", "mask_invalid/b.png": b""}, "folder")
+    with pytest.raises(ValueError, match=r"1 of 2 images lack a file, such as mask_transp/b.png; .* with --list"):
+        ibims.samples(root)
+    assert len(ibims.samples(root, listed(tmp_path, "rgb/a.png"))) == 1
+    only = {RGB["scannet"]: content("scannet")[RGB["scannet"]]}
+    with pytest.raises(ValueError, match=r"found 0 images .*1 of 1 images lack a file, such as scene0406_02/depth"):
+        scannet.samples(put(tmp_path / "photos", only, "folder"))
+
+
+def test_nyus_own_file_is_not_read_by_the_names_of_another_list(tmp_path):
+    """BTS counts from 0, so its number N is the file's image N + 1, and rgb_00000 would be its last."""
+    mat = labelled_mat(tmp_path / "nyu_depth_v2_labeled.mat", ["kitchen_0004", "kitchen_0004", "office_0005"])
+    for name in ("kitchen/rgb_00000.jpg", "test/kitchen_0004/rgb_0003.png", "test/office_0005/rgb_0004.png"):
+        with pytest.raises(ValueError, match=f"has no {name}: its images are called test/SCENE/rgb_N.png, N from 0001"):
+            nyu.samples(mat, listed(tmp_path, f"{name} {name.replace('rgb', 'sync_depth')} 518.8579"))
+    (sample,) = nyu.samples(mat, listed(tmp_path, "test/office_0005/rgb_0003.png d.png"))
+    assert np.array_equal(_nyu_mat.depth(mat, sample.key)[0, :2], np.float32([1.92, 2.0]))
+
+
+def test_truth_of_another_size_is_not_cropped(tmp_path):
+    half = {RGB["nyu"]: b"", DEPTH["nyu"][0]: image(np.full((240, 320), 2000, np.uint16))}
+    (sample,) = nyu.samples(put(tmp_path, half, "folder"), listed(tmp_path, f"{RGB['nyu']} {DEPTH['nyu'][0]}"))
+    with pytest.raises(OSError, match=r"depth_0001.png is 240 x 320, not 480 x 640: use NYUv2's own size"):
+        sample.truth()
+    large = {RGB["kitti"]: image(np.zeros((384, 1280, 3), np.uint8)), DEPTH["kitti"][0]: b""}
+    root = put(tmp_path / "kitti", large, "folder")
+    (sample,) = kitti.samples(root, listed(tmp_path, f"{RGB['kitti']} {DEPTH['kitti'][0]}"))
+    with pytest.raises(ValueError, match=r"384 x 1280 is larger than any image of KITTI"):
+        sample.image()
+
+
+def test_of_two_copies_that_differ_none_is_chosen(tmp_path):
+    rgb, depth = RGB["scannet"], DEPTH["scannet"][0]
+    files = content("scannet")
+    both = {f"{folder}/{name}": data for folder in ("a", "b") for name, data in files.items()}
+    names = listed(tmp_path, f"{rgb} {depth}")
+    assert scannet.samples(put(tmp_path, both, "folder"), names)[0].truth().values.shape == (1, 24, 32)
+    both[f"b/{depth}"] = image(np.full((12, 16), 600, np.uint16))
+    with pytest.raises(ValueError, match=rf"(a|b)/{depth} and (a|b)/{depth} differ, .*give the folder of one as root"):
+        scannet.samples(put(tmp_path, both, "folder"), names)
+
+
+@pytest.mark.parametrize(
+    "line", ["./{} ./{}", "/mnt/bn/scannet/{} /mnt/bn/scannet/{}", "/{} /{}", "{},{}", "{}, {}, 7"]
+)
+def test_lists_as_others_write_them(tmp_path, line):
+    root = put(tmp_path, content("scannet"), "folder")
+    line = line.format(RGB["scannet"], DEPTH["scannet"][0])
+    for text in (line, line.replace("/", "\\"), "C:" + line if line[0] == "/" else line):
+        assert [sample.key for sample in scannet.samples(root, listed(tmp_path, text))] == [RGB["scannet"]]
+
+
+def test_absolute_paths_of_kitti_have_their_published_names(tmp_path):
+    """Depth Anything V2's list of KITTI has the paths of its authors' disk."""
+    rgb, depth = RGB["kitti"], DEPTH["kitti"][0]
+    root = put(tmp_path, {f"raw/{rgb}": b"", f"data_depth_annotated/val/{depth}": b""}, "folder")
+    line = f"/mnt/bn/Kitti/raw_data/{rgb} /mnt/bn/Kitti/data_depth_annotated/val/{depth}"
+    assert [sample.key for sample in kitti.samples(root, listed(tmp_path, line))] == [rgb]
+    with pytest.raises(ValueError, match=r"line 1 leaves the root \(/x/y.png: its path is absolute\)"):
+        kitti.samples(root, listed(tmp_path, "/x/y.png /x/z.png"))
+    with pytest.raises(ValueError, match=r"line 1 begins with 2011_09_26/drive, not the path of an image file"):
+        kitti.samples(root, listed(tmp_path, "2011_09_26/drive 0000000069 l"))
+
+
+def test_diode_keeps_its_parts_and_packed_files_are_named(tmp_path):
+    root = put(tmp_path, {f"val/{name}": data for name, data in content("diode").items()}, "folder")
+    line = " ".join(f"val/{name}" for name in (RGB["diode"], *DEPTH["diode"]))
+    assert [sample.group for sample in diode.samples(root, listed(tmp_path, line))] == ["indoors"]
+    for name, said in [
+        ("val.tar.gz", "val.tar.gz should be unpacked, or given as root itself"),
+        ("DIODE.zip", "DIODE.zip should be unpacked"),
+        ("data/val-0.parquet", "data/val-0.parquet is not read"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            diode.samples(put(tmp_path / name, {name: npy(np.zeros(3))}, "folder"))
+    (tmp_path / "DA-2K.zip").write_bytes(b"PK\3\4")
+    for place in (tmp_path, tmp_path / "DA-2K.zip"):
+        with pytest.raises((ValueError, OSError), match=r"DA-2K.zip.*unpack"):
+            da2k.samples(place)
+    (tmp_path / "DA-2K" / "DA-2K").mkdir(parents=True)
+    (tmp_path / "DA-2K" / "DA-2K" / "annotations.json").write_text("{}")
+    assert da2k.samples(tmp_path) == []
