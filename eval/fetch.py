@@ -97,6 +97,12 @@ def _fetch(url: str, path: Path, sha256: str, report: Report | None, patience: f
         digest = files.file_sha256(path)
         if expected and digest != expected:
             raise OSError(f"{path} exists, but its sha256 is {digest}, not {expected}: move it away to fetch it again")
+        length = None if expected else _host_length(url)
+        if length not in (None, path.stat().st_size):
+            raise OSError(
+                f"{path} has {path.stat().st_size} bytes, but the file on the host {length}, as if another program's "
+                "download was interrupted: move it away to fetch it again"
+            )
         _write_record(record, digest, path.name)
         return Fetched(path=path, num_bytes=path.stat().st_size, sha256=digest, resumed=0, published=published)
     part = path.with_name(f"{path.name}.part")
@@ -112,6 +118,19 @@ def _fetch(url: str, path: Path, sha256: str, report: Report | None, patience: f
     _note_path(part).unlink(missing_ok=True)
     _write_record(record, digest, path.name)
     return Fetched(path=path, num_bytes=size, sha256=digest, resumed=resumed, published=published)
+
+
+def _host_length(url: str) -> int | None:
+    """The length of the file on the host; None where it does not say so, or cannot be reached."""
+    headers = {"User-Agent": "distill", "Accept-Encoding": "identity"}
+    try:
+        request = urllib.request.Request(url, headers=headers, method="HEAD")
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            length = answer.headers.get("Content-Length", "")
+            is_file = answer.status == 200 and answer.headers.get_content_type() != "text/html"
+            return int(length) if is_file and length.isascii() and length.isdigit() else None
+    except (OSError, http.client.HTTPException):
+        return None
 
 
 def _complete(url: str, part: Path, report: Report | None, patience: float) -> int:

@@ -108,7 +108,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
         truth = as_depth(truth)
     values, valid = truth.values[0].numpy(), truth.valid[0].numpy()
     flat_pred, flat_truth = _gather(valid, pred, values)
-    if protocol.mask_range and plan.metres:
+    if plan.metres:
         flat_pred, flat_truth = _in_range(flat_pred, flat_truth, protocol)
     if not len(flat_truth):
         raise NoGroundTruthError("the truth has no valid pixel")
@@ -188,7 +188,15 @@ def aligned_depth(
 
 
 def _in_range(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels whose truth lies strictly inside the protocol's range: usually all of them."""
+    """The pixels whose truth lies strictly inside the protocol's range: usually all of them.
+
+    Where the benchmark's mask decides alone, ValueError if it counts pixels that have no depth.
+    """
+    if not protocol.mask_range:
+        if len(truth) and not (truth.min() > 0 and truth.max() < np.inf):
+            bad = int((~((truth > 0) & (truth < np.inf))).sum())
+            raise ValueError(f"{bad} of the {len(truth)} pixels in the truth's mask are 0, negative or not finite")
+        return pred, truth
     if not len(truth) or (truth.min() > protocol.min_depth and truth.max() < protocol.max_depth):
         return pred, truth
     inside = (truth > protocol.min_depth) & (truth < protocol.max_depth)

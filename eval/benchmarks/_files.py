@@ -261,10 +261,22 @@ def _worth(protocol: Protocol, rows: Rows) -> int:
     return len(rows) + (1 << 30) * _is_published(protocol, rows)
 
 
-def ranged(depth: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
-    """Depth (H,W) as float32 metres, and where it lies strictly inside the protocol's range."""
+def ranged(depth: np.ndarray, protocol: Protocol, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Depth (H,W) as float32 metres, and where it lies strictly inside the protocol's range; name: for errors."""
     metres = depth.astype(np.float32, copy=False)
+    check_unit(metres, metres > 0, protocol, name)
     return metres, (metres > protocol.min_depth) & (metres < protocol.max_depth)
+
+
+def check_unit(metres: np.ndarray, measured: np.ndarray, protocol: Protocol, name: str) -> None:
+    """Raise OSError if 19 of 20 measured pixels lie beyond the protocol's range: their unit is another."""
+    some = metres[measured] if protocol.max_depth < math.inf else metres[:0]
+    some = some[:: max(1, len(some) // 4096)]
+    if some.size and (far := float(np.quantile(some, 0.05))) > protocol.max_depth:
+        raise OSError(
+            f"{name}: 95 % of its depth is above {far:.4g} m, but {protocol.benchmark} ends at {protocol.max_depth:g} "
+            "m: it is stored in another unit than the published one"
+        )
 
 
 def as_truth(metres: np.ndarray, valid: np.ndarray) -> DepthMap:

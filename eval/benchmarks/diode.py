@@ -14,7 +14,7 @@ import numpy as np
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
-from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, published
+from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, check_unit, published
 from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.protocol import Protocol
 
@@ -69,7 +69,8 @@ def _group(rgb: str) -> str:
 
 
 def _truth(files: Files, depth: str, mask: str) -> DepthMap:
-    metres, valid = files.npy(depth).astype(np.float32), files.npy(mask).astype(bool)
+    metres, valid = files.npy(depth).astype(np.float32), np.nan_to_num(files.npy(mask)).astype(bool)
     if metres.ndim != 2 or metres.shape != valid.shape:
         raise OSError(f"{files.root}: {depth} and its mask have the shapes {metres.shape} and {valid.shape}")
+    check_unit(metres, valid, PROTOCOL, f"{files.root}: {depth}")
     return as_truth(metres, valid)

@@ -81,4 +81,4 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
 
 def _truth(files: Files, name: str) -> DepthMap:
     # Infinity is not below the protocol's upper limit of infinity, so it becomes invalid without a check of its own.
-    return as_truth(*ranged(files.floats(name, (HEIGHT, WIDTH)), PROTOCOL))
+    return as_truth(*ranged(files.floats(name, (HEIGHT, WIDTH)), PROTOCOL, name))

@@ -87,7 +87,7 @@ def _image(files: Files, name: str) -> Tensor:
 
 def _truth(files: Files, name: str) -> DepthMap:
     stored = files.codes(name)
-    metres, valid = ranged(stored[_crop(name, *stored.shape)] / 256.0, PROTOCOL)
+    metres, valid = ranged(stored[_crop(name, *stored.shape)] / 256.0, PROTOCOL, f"{files.root}: {name}")
     eigen = np.zeros_like(valid)
     rows = int(0.3324324 * HEIGHT), int(0.91351351 * HEIGHT)
     columns = int(0.0359477 * WIDTH), int(0.96405229 * WIDTH)

@@ -78,7 +78,7 @@ def _truth(files: Files, name: str) -> DepthMap:
 def _cropped(depth: np.ndarray, name: str) -> DepthMap:
     if depth.shape != (HEIGHT, WIDTH):  # Eigen's crop would keep other parts of the view
         raise OSError(f"{name} is {depth.shape[0]} x {depth.shape[1]}, not {HEIGHT} x {WIDTH}: use NYUv2's own size")
-    metres, valid = ranged(depth, PROTOCOL)
+    metres, valid = ranged(depth, PROTOCOL, name)
     crop = np.zeros_like(valid)
     crop[45:471, 41:601] = True
     return as_truth(metres, valid & crop)

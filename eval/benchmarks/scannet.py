@@ -57,4 +57,4 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
 
 
 def _truth(files: Files, name: str) -> DepthMap:
-    return as_truth(*ranged(files.codes(name) / 1000.0, PROTOCOL))
+    return as_truth(*ranged(files.codes(name) / 1000.0, PROTOCOL, f"{files.root}: {name}"))

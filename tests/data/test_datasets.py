@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
 
+from distill.app.cli import main
 from distill.core.depth import Kind
 from distill.core.plugins import find
 from distill.data import published
@@ -320,3 +322,35 @@ def test_the_other_version_of_a_data_set_is_recognised(lies, asked, tmp_path):
         title = find(FOLDER, there).FACTS.title
         with pytest.raises(FileNotFoundError, match=f"it is {title}: `distill index {there} {root}`"):
             _index.write(wanted, root)
+
+
+def test_images_that_the_authors_table_leaves_out_are_counted(tmp_path, capsys):
+    """Excel writes the table with a byte order mark."""
+    hypersim(tmp_path, frames(2, 4, 6))
+    head = "scene_name,camera_name,frame_id,included_in_public_release,exclude_reason,split_partition_name\r\n"
+    table = tmp_path / "metadata_images_split_scene_v1.csv"
+    table.write_text(f"{head}ai_001_001,cam_00,0,True,,val\r\nai_001_001,cam_00,1,False,,\r\n", encoding="utf-8-sig")
+    assert main(["index", "hypersim", str(tmp_path)]) == 0
+    assert "1 image with depth in 1 group (left out: 1 image not in the authors' table)" in capsys.readouterr().out
+    find(FOLDER, "hypersim")._splits.cache_clear()
+    table.write_text(head)
+    with pytest.raises(ValueError, match="the authors' table of released images leaves out all 2 that are here"):
+        _index.write("hypersim", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["hypersim", "virtual_kitti2", "blendedmvs", "tartanair"])
+def test_depth_whose_images_are_not_unpacked_is_named(name, tmp_path):
+    WRITERS[name](tmp_path, frames(1, 12, 32))
+    images = {"hypersim": "scene_cam_00_final_preview", "virtual_kitti2": "rgb", "blendedmvs": "blended_images"}
+    shutil.rmtree(next(tmp_path.rglob(images.get(name, "image_left"))))
+    with pytest.raises(ValueError, match=r"or depth without images \(such as .*depth.*\), but no pairs: unpack the"):
+        _index.write(name, tmp_path)
+
+
+def test_archives_lying_where_they_are_unpacked_are_seen(tmp_path):
+    """As TartanAir's download tool leaves them."""
+    (tmp_path / "abandonedfactory/Easy").mkdir(parents=True)
+    for name in ("depth_left.zip", "image_left.zip"):
+        (tmp_path / "abandonedfactory/Easy" / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"abandonedfactory/Easy/depth_left.zip and 1 more should be unpacked"):
+        _index.write("tartanair", tmp_path)

@@ -73,6 +73,11 @@ def host():
         def do_GET(self) -> None:
             served.answer(self)
 
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(served.data)))
+            self.end_headers()
+
         def log_message(self, *args: object) -> None:
             pass
 
@@ -309,3 +314,14 @@ def test_bytes_of_an_older_file_are_not_taken_for_the_new_ones(host, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             fetch(host.url, tmp_path / "a.tar")
     assert fetch(host.url, tmp_path / "a.tar", patience=0.001).path.read_bytes() == DATA[::-1]
+
+
+def test_an_archive_that_another_program_left_short_is_not_recorded_as_whole(host, tmp_path):
+    (tmp_path / "a.tar").write_bytes(DATA[:1000])
+    with pytest.raises(OSError, match=r"a.tar has 1000 bytes, but the file on the host 3000000, .*: move it away"):
+        fetch(host.url, tmp_path / "a.tar")
+    assert not (tmp_path / "a.tar.sha256").exists()
+    (tmp_path / "a.tar").write_bytes(DATA)
+    assert fetch(host.url, tmp_path / "a.tar").sha256 == DIGEST
+    (tmp_path / "a.tar.sha256").unlink()
+    assert fetch("http://127.0.0.1:9/a.tar", tmp_path / "a.tar").sha256 == DIGEST  # a host that is not there

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from distill.eval.benchmarks import _nyu_mat, da2k, diode, ibims, kitti, nyu, scannet
+from distill.eval.score import score
 from tests.eval.test_benchmarks import DEPTH, RGB, content, image, npy, put
 from tests.eval.test_roots import labelled_mat
 
@@ -110,3 +111,41 @@ def test_diode_keeps_its_parts_and_packed_files_are_named(tmp_path):
     (tmp_path / "DA-2K" / "DA-2K").mkdir(parents=True)
     (tmp_path / "DA-2K" / "DA-2K" / "annotations.json").write_text("{}")
     assert da2k.samples(tmp_path) == []
+
+
+def scored(tmp_path, module, samples, mode="marigold"):
+    """The score of a prediction of 3 m everywhere."""
+    (sample,) = samples
+    path = tmp_path / "store" / sample.prediction_path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, np.full((24, 32), 3.0, np.float32))
+    return score(tmp_path / "store", "metric_depth", samples, module.PROTOCOL, mode=mode)
+
+
+def test_a_mask_that_counts_pixels_without_depth_is_refused_and_its_nan_is_none(tmp_path):
+    files, line = content("diode"), " ".join((RGB["diode"], *DEPTH["diode"]))
+    depth = np.full((24, 32), 3.0, np.float32)
+    depth[0, :3] = np.nan, 0, np.inf
+    files |= {DEPTH["diode"][0]: npy(depth), DEPTH["diode"][1]: npy(np.ones((24, 32)))}
+    samples = diode.samples(put(tmp_path, files, "folder"), listed(tmp_path, line))
+    marigold, clean = (scored(tmp_path, diode, samples, mode) for mode in ("marigold", "clean"))
+    assert marigold.images[0].problem == "3 of the 768 pixels in the truth's mask are 0, negative or not finite"
+    assert marigold.images[0].failed and clean.metrics["abs_rel"] == 0.0
+    files[DEPTH["diode"][1]] = npy(np.where(depth == 3, 1.0, np.nan))
+    samples = diode.samples(put(tmp_path, files, "folder"), listed(tmp_path, line))
+    assert int(samples[0].truth().valid.sum()) == 24 * 32 - 3
+    assert scored(tmp_path, diode, samples).metrics["abs_rel"] == 0.0
+
+
+def test_truth_in_another_unit_is_not_cut_away_at_the_range(tmp_path):
+    files, line = content("diode"), " ".join((RGB["diode"], *DEPTH["diode"]))
+    depth = np.full((24, 32), 3000.0, np.float32)
+    depth[0] = 3.0  # what another tool resampled
+    samples = diode.samples(put(tmp_path, files | {DEPTH["diode"][0]: npy(depth)}, "folder"), listed(tmp_path, line))
+    with pytest.raises(OSError, match=r"_depth.npy: 95 % of its depth is above 3000 m, but diode ends at 350 m: it is"):
+        samples[0].truth()
+    files = content("scannet") | {DEPTH["scannet"][0]: image(np.full((24, 32), 15000, np.uint16))}
+    root = put(tmp_path / "scannet", files, "folder")
+    (sample,) = scannet.samples(root, listed(tmp_path, f"{RGB['scannet']} {DEPTH['scannet'][0]}"))
+    with pytest.raises(OSError, match=r"000300.png: 95 % of its depth is above 15 m, but scannet ends at 10 m"):
+        sample.truth()

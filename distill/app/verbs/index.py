@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     published = f"; {facts.images:,} are published" if facts.images else ""
     left_out = [f"{counted(index.alone, 'image')} without depth"] if index.alone else []
     left_out += [f"{counted(index.spare, 'depth file')} without an image"] if index.spare else []
+    left_out += [f"{counted(index.unlisted, 'image')} not in the authors' table"] if index.unlisted else []
     left_out_note = f" (left out: {', '.join(left_out)})" if left_out else ""
     found = f"{counted(index.rows, 'image')} with depth in {counted(index.groups, 'group')}"
     say(f"{index.path}: {found}{left_out_note}{published}")

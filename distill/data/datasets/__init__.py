@@ -67,12 +67,13 @@ class Row:
 class Group:
     """The rows of one scene or sequence, in order. alone: image files that have no depth file.
 
-    spare: depth files that have no image.
+    spare: depth files that have no image. unlisted: the number of pairs that the authors' own table leaves out.
     """
 
     rows: tuple[Row, ...]
     alone: tuple[str, ...] = field(default=())
     spare: tuple[str, ...] = field(default=())
+    unlisted: int = 0
 
 
 def files_of(folder: Path) -> dict[str, Path]:

@@ -31,7 +31,8 @@ _OWN = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 @dataclass(frozen=True, slots=True)
 class Indexed:
     """An index that was written. rows: images with depth; alone: images without depth; spare: depth files without an
-    image; `examples` and `spare_examples`: the first of these; resumed: groups that an earlier call had finished.
+    image; `examples` and `spare_examples`: the first of these; resumed: groups that an earlier call had finished;
+    unlisted: pairs that the authors' own table leaves out.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Indexed:
     resumed: int
     spare: int = 0
     spare_examples: tuple[str, ...] = ()
+    unlisted: int = 0
 
 
 def place(name: str, root: Path) -> Path:
@@ -78,8 +80,10 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
         return _finish(path, aside, groups, len(done), partial(_no_pair, plugin, root))
 
 
-def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str]) -> ValueError:
+def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str], unlisted: int) -> ValueError:
     """The error for images without any depth file, or the reverse: probably an archive was not unpacked."""
+    if unlisted:
+        return ValueError(f"{root}: the authors' table of released images leaves out all {unlisted} that are here")
     first = next(iter([*alone, *spare]), "")
     if not first:  # only folders of the right names
         return ValueError(f"{root}: no files of {plugin.FACTS.title} found there; {_where_instead(plugin, root)}")
@@ -104,11 +108,15 @@ def _where_instead(plugin: Any, root: Path) -> str:
         return f"it is a part of the data in {above}: give that folder"
     if other := next((name for name in _OWN if _holds(find(FOLDER, name), looked, looked)), None):
         return f"it is {find(FOLDER, other).FACTS.title}: `distill index {other} {root}`"
-    packed = sorted(path.name for path in looked.iterdir() if path.suffix.lower() in (".zip", ".tar", ".gz", ".7z"))
+    packed = next(filter(None, map(_packed, [looked, *_subfolders(looked)])), [])
     if packed:
         others = f" and {len(packed) - 1} more" if packed[1:] else ""
-        return f"{packed[0]}{others} should be unpacked; {_layout(plugin)}"
+        return f"{packed[0].relative_to(looked)}{others} should be unpacked; {_layout(plugin)}"
     return _layout(plugin)
+
+
+def _packed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".zip", ".tar", ".gz", ".7z"))
 
 
 def _holds(plugin: Any, root: Path, within: Path) -> bool:
@@ -134,7 +142,7 @@ def _lines(group: str, found: Group) -> str:
     for row in found.rows:
         table.writerow([row.name, row.rgb, row.depth, f"{row.focal:.6g}" if row.focal else "", row.split])
     ends = [cell for left in (found.alone, found.spare) for cell in (len(left), *(left[:1] or ("",)))]
-    table.writerow([_END, group, len(found.rows), *ends])
+    table.writerow([_END, group, len(found.rows), *ends, found.unlisted])
     return text.getvalue()
 
 
@@ -158,10 +166,10 @@ def _finish(
     aside: Path,
     groups: Sequence[str],
     resumed: int,
-    no_pair: Callable[[Sequence[str], Sequence[str]], Exception],
+    no_pair: Callable[[Sequence[str], Sequence[str], int], Exception],
 ) -> Indexed:
     """Turn the temporary file into the index, which has rows only; no_pair makes the error where there are none."""
-    rows = alone = spare = 0
+    rows = alone = spare = unlisted = 0
     examples: list[str] = []
     spares: list[str] = []
     seen: set[str] = set()
@@ -175,6 +183,7 @@ def _finish(
                     examples += filter(None, cells[4:5])
                     spare += int("".join(cells[5:6]) or 0)  # an older version's line has no such cell
                     spares += filter(None, cells[6:7])
+                    unlisted += int("".join(cells[7:8]) or 0)
                 elif not line.startswith("#"):
                     if cells[0] in seen:
                         raise ValueError(f"{path}: two images are called {cells[0]}: remove one copy of the data")
@@ -183,9 +192,9 @@ def _finish(
                     rows += 1
         if not rows:
             aside.unlink()  # the missing files may be there the next time
-            raise no_pair(examples, spares)
+            raise no_pair(examples, spares, unlisted)
     aside.unlink()
-    return Indexed(path, rows, len(groups), alone, tuple(examples[:3]), resumed, spare, tuple(spares[:3]))
+    return Indexed(path, rows, len(groups), alone, tuple(examples[:3]), resumed, spare, tuple(spares[:3]), unlisted)
 
 
 def read(name: str, root: Path, path: Path | None = None, *, names: Iterable[str] | None = None) -> list[Row]:

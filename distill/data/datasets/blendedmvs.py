@@ -32,11 +32,15 @@ FACTS = Facts(
 def groups(root: Path) -> Iterator[str]:
     """Scenes: PID, or dataset_low_res/PID."""
     for folder in folders_of(root):
-        if (folder / "blended_images").is_dir():
+        if _is_scene(folder):
             yield folder.name
         else:
-            inner = (inner.name for inner in folders_of(folder) if (inner / "blended_images").is_dir())
-            yield from (f"{folder.name}/{name}" for name in inner)
+            yield from (f"{folder.name}/{inner.name}" for inner in folders_of(folder) if _is_scene(inner))
+
+
+def _is_scene(folder: Path) -> bool:
+    """Whether a folder has a scene's images, or only its depth."""
+    return (folder / "blended_images").is_dir() or (folder / "rendered_depth_maps").is_dir()
 
 
 def rows(root: Path, group: str) -> Group:

@@ -49,7 +49,7 @@ def groups(root: Path) -> Iterator[str]:
     for scene in folders_of(root):
         if scene.name.startswith("ai_"):
             for folder in folders_of(scene / "images"):
-                if match := re.fullmatch(r"scene_(cam_\d+)_final_preview", folder.name):
+                if match := re.fullmatch(r"scene_(cam_\d+)_(?:final_preview|geometry_hdf5)", folder.name):
                     yield f"{scene.name}/{match[1]}"
         else:
             yield from (f"{scene.name}/{inner.name}" for inner in folders_of(scene) if inner.name.startswith("ai_"))
@@ -71,7 +71,8 @@ def rows(root: Path, group: str) -> Group:
     if splits is None:
         return pairs
     released = [(row, splits.get((first, second, int(row.name.rpartition("/")[2])))) for row in pairs.rows]
-    return replace(pairs, rows=tuple(Row(r.name, r.rgb, r.depth, r.focal, split) for r, split in released if split))
+    listed = tuple(Row(r.name, r.rgb, r.depth, r.focal, split) for r, split in released if split)
+    return replace(pairs, rows=listed, unlisted=len(pairs.rows) - len(listed))
 
 
 @functools.lru_cache(maxsize=4)
@@ -79,7 +80,7 @@ def _splits(path: Path) -> dict[tuple[str, str, int], str] | None:
     """The split of every released image by scene, camera and frame; None where the table is missing."""
     if not path.is_file():
         return None
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file)
         needed = {"scene_name", "camera_name", "frame_id", "included_in_public_release", "split_partition_name"}
         if missing := needed - set(table.fieldnames or ()):

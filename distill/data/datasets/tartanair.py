@@ -34,14 +34,15 @@ FACTS = Facts(
 
 
 def groups(root: Path) -> Iterator[str]:
-    """Flights: abandonedfactory/Easy/P000."""
+    """Flights: abandonedfactory/Easy/P000, also where only its depth is there."""
     for world in folders_of(root):
         for difficulty in ("Easy", "Hard"):
             own = f"{difficulty}/image_left/{world.name}/{difficulty}"  # image_left.zip in a folder of its name
             for inner in (difficulty, f"{world.name}/{difficulty}", own, f"{world.name}/{own}"):
                 flights = folders_of(world / inner)
                 prefix = f"{world.name}/{inner}"
-                yield from (f"{prefix}/{flight.name}" for flight in flights if (flight / "image_left").is_dir())
+                sorts = ("image_left",) if inner.endswith(own) else ("image_left", "depth_left")
+                yield from (f"{prefix}/{f.name}" for f in flights if any((f / sort).is_dir() for sort in sorts))
 
 
 def rows(root: Path, group: str) -> Group:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.core.depth import Kind
-from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, mask_invalid, paired, stored
+from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, mask_invalid, paired, stored, unique
 
 FOCAL, WIDTH = 725.0087, 1242
 FAR = 655.35
@@ -39,12 +39,15 @@ def _top(root: Path, archive: str) -> Path:
 
 
 def groups(root: Path) -> Iterator[str]:
-    """Cameras: Scene01/clone/Camera_0."""
-    for scene in folders_of(_top(root, _ARCHIVES[0])):
-        if scene.name.startswith("Scene"):
-            for variation in folders_of(scene):
-                cameras = folders_of(variation / "frames" / "rgb")
-                yield from (f"{scene.name}/{variation.name}/{camera.name}" for camera in cameras)
+    """Cameras: Scene01/clone/Camera_0, also where only its depth is there."""
+    yield from unique(
+        f"{scene.name}/{variation.name}/{camera.name}"
+        for archive, modality in zip(_ARCHIVES, ("rgb", "depth"), strict=True)
+        for scene in folders_of(_top(root, archive))
+        if scene.name.startswith("Scene")
+        for variation in folders_of(scene)
+        for camera in folders_of(variation / "frames" / modality)
+    )
 
 
 def rows(root: Path, group: str) -> Group:
