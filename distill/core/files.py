@@ -38,14 +38,22 @@ def decoded(data: bytes) -> str:
     return data.decode("utf-8-sig" if zero < 0 else "utf-16-le" if zero else "utf-16-be")
 
 
-def files_below(folder: Path) -> list[Path]:
+def files_below(folder: Path, *, complete: bool = False) -> list[Path]:
     """Return every file below a folder, sorted, including links to files, dangling links and pipes.
 
     Links to folders are followed, each folder once, so that cycles end; hidden files and folders are included.
+    complete: OSError for a folder that cannot be listed; otherwise it is passed over.
     """
+
+    def fail(error: OSError) -> None:
+        if Path(error.filename).name != "lost+found":  # the root of a disk has one, which only its owner may list
+            raise OSError(
+                f"{error.filename}: this folder cannot be listed ({error.strerror}): allow it or move it away"
+            )
+
     paths: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
+    for parent, subfolders, names in os.walk(folder, onerror=fail if complete else None, followlinks=True):
         status = os.stat(parent)  # noqa: PTH116
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()

@@ -47,19 +47,20 @@ class Files:
     """The files below a root, by name.
 
     tolerant: a truncated tar is read up to the cut, and `damage` says where that is; otherwise it is an error.
-    packed: whether the root is a compressed tar.
+    packed: whether the root is a compressed tar. ended: False for a tar without its end, as if cut between two files.
     """
 
     def __init__(self, root: Path, *, tolerant: bool = False) -> None:
         self.root = root
         self.damage = ""
         self.packed = False
+        self.ended = True
         self._tar: BinaryIO | None = None
         self._members: dict[str, tuple[int, int]] = {}
         self._aliases: Mapping[str, str] = {}
         if root.is_file():
             self.packed, self._tar = _unpacked(root)
-            self._members, self.damage = _index(root, self._tar)
+            self._members, self.damage, self.ended = _index(root, self._tar)
         if self.damage and not tolerant:
             raise OSError(self.damage)
 
@@ -67,7 +68,7 @@ class Files:
         """Every file's path relative to the root, without what systems leave behind (macOS's ._NAME)."""
         if self._tar is not None:
             return {name for name in self._members if not is_litter(name)}
-        paths = (path.relative_to(self.root).as_posix() for path in files_below(self.root))
+        paths = (path.relative_to(self.root).as_posix() for path in files_below(self.root, complete=True))
         return {name for name in paths if not is_litter(name)}
 
     def set_aliases(self, names: Mapping[str, str]) -> None:
@@ -315,6 +316,8 @@ def _check_listed(files: Files, protocol: Protocol, layout: FileLayout, keys: Se
     if keys and not protocol.num_images:
         if broken:
             raise ValueError(f"{files.root}: {lack}; complete the folder, or name the images with --list")
+        if not files.ended:
+            raise OSError(f"{files.root}: cut short after {len(keys)} images: its end is missing; download it again")
         return  # no list is published
     how = f"expected layout: {layout.shape}" if layout.shape else f"{protocol.benchmark}.py has the expected layout"
     hint = f"{lack}; {how}" if lack else how
@@ -368,8 +371,9 @@ def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
     return True, plain
 
 
-def _index(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], str]:
-    """The position of each complete member, name -> (offset, size), and what is wrong with the tar, or ""."""
+def _index(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], str, bool]:
+    """The position of each complete member, name -> (offset, size), what is wrong with the tar, or "", and whether
+    it has an end."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     members: dict[str, tuple[int, int]] = {}
@@ -377,20 +381,21 @@ def _index(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], str]
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
-                    return members, f"{path}: the tar is cut short inside {member.name}; download it again"
+                    return members, f"{path}: the tar is cut short inside {member.name}; download it again", False
                 if member.issparse():
-                    return members, f"{path}: {member.name} is stored sparse: pack it without --sparse"
+                    return members, f"{path}: {member.name} is stored sparse: pack it without --sparse", True
                 name = member.name.removeprefix("./")
                 if member.isreg():
                     members[name] = member.offset_data, member.size
                 elif member.islnk() and (target := member.linkname.removeprefix("./")) in members:
                     members[name] = members[target]  # tar stores the second name of a file as a link to the first
+            ended = tar.offset < size
     except tarfile.TarError as error:
         file.seek(0)
         start = file.read(512)
         kind = "" if members else signatures.sniff(start) or signatures.text(start)
         unpack = ": unpack it" if signatures.is_packed(kind) else "; download it again"
-        return members, f"{path}: not a readable tar ({f'{kind}{unpack}' if kind else error})"
+        return members, f"{path}: not a readable tar ({f'{kind}{unpack}' if kind else error})", False
     if size and not members and not any(os.pread(file.fileno(), 512, 0)):
-        return members, f"{path}: begins with zeros: an unfinished download; download it again"
-    return members, ""
+        return members, f"{path}: begins with zeros: an unfinished download; download it again", False
+    return members, "", ended

@@ -49,15 +49,16 @@ def _row(depth: str) -> ListRow | None:
 
 
 _SHIPPED = re.compile(
-    r"(?:^|/)(\d{4}_\d\d_\d\d/\d{4}_\d\d_\d\d_drive_\d{4}_sync/image_0\d/data/\d+\.png"
-    r"|\d{4}_\d\d_\d\d_drive_\d{4}_sync/proj_depth/groundtruth/image_0\d/\d+\.png)$"
+    r"(?:^|/)((\d{4}_\d\d_\d\d)_drive_\d{4}_sync/(?:(image_0\d/data)|proj_depth/groundtruth/image_0\d)/\d+\.png)$"
 )
 
 
 def _canonical(name: str) -> str | None:
-    """KITTI's own folders: raw drives anywhere, ground truth below train/ or val/."""
-    shipped = _SHIPPED.search(name)
-    return shipped[1] if shipped else None
+    """KITTI's own folders: raw drives anywhere, also beside their ground truth, which is below train/ or val/."""
+    if not (shipped := _SHIPPED.search(name)):
+        return None
+    path, date, is_image = shipped.groups()
+    return f"{date}/{path}" if is_image else path
 
 
 LAYOUT = FileLayout(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -149,3 +153,42 @@ def test_truth_in_another_unit_is_not_cut_away_at_the_range(tmp_path):
     (sample,) = scannet.samples(root, listed(tmp_path, f"{RGB['scannet']} {DEPTH['scannet'][0]}"))
     with pytest.raises(OSError, match=r"000300.png: 95 % of its depth is above 15 m, but scannet ends at 10 m"):
         sample.truth()
+
+
+def test_kittis_drives_may_be_linked_beside_their_truth(tmp_path):
+    """As zzangjinsun/NLSPN_ECCV20 prepares them; a folder is walked once, under the link's name."""
+    rgb, depth = RGB["kitti"], DEPTH["kitti"][0]
+    drive = depth.partition("/")[0]
+    root = put(tmp_path, {f"kitti_raw/{rgb}": b"", f"data_depth_annotated/val/{depth}": b""}, "folder")
+    link = root / "data_depth_annotated/val" / drive / "image_02"
+    link.symlink_to(root / "kitti_raw/2011_09_26" / drive / "image_02")
+    assert [sample.key for sample in kitti.samples(root, listed(tmp_path, f"{rgb} {depth} 721.5"))] == [rgb]
+
+
+def test_a_tar_cut_between_two_images_is_not_a_smaller_benchmark(tmp_path):
+    more = {name.replace("/a", "/b"): data for name, data in IBIMS.items()}
+    root = put(tmp_path, IBIMS | more, "tar")
+    assert len(ibims.samples(root)) == 2
+    with tarfile.open(root) as tar:
+        cut = tar.getmembers()[len(IBIMS)].offset
+    root.write_bytes(root.read_bytes()[:cut])
+    with pytest.raises(OSError, match=r"root.tar: cut short after 1 images: its end is missing; download it again"):
+        ibims.samples(root)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    root, scandir = put(tmp_path, IBIMS, "folder"), os.scandir
+    for name in ("other", "lost+found"):
+        (root / name).mkdir()
+    locked = [root / "lost+found"]
+
+    def guarded(path):
+        if Path(path) in locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert len(ibims.samples(root)) == 1
+    locked.append(root / "other")
+    with pytest.raises(OSError, match=r"root/other: this folder cannot be listed \(Permission denied\): allow it"):
+        ibims.samples(root)
