@@ -354,3 +354,19 @@ def test_archives_lying_where_they_are_unpacked_are_seen(tmp_path):
         (tmp_path / "abandonedfactory/Easy" / name).write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"abandonedfactory/Easy/depth_left.zip and 1 more should be unpacked"):
         _index.write("tartanair", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("blendedmvs", "low_res", "full_res"),
+        ("irs", "IRSDataset/Home", "Home"),
+        ("tartanair", "abandonedfactory/Easy", "abandonedfactory/abandonedfactory/Easy"),
+    ],
+)
+def test_a_scene_that_lies_there_twice_is_not_counted_twice(name, first, second, tmp_path):
+    WRITERS[name](tmp_path / ("low_res" if name == "blendedmvs" else ""), frames(1, 12, 32))
+    assert _index.write(name, tmp_path).rows == 1
+    shutil.copytree(tmp_path / first, tmp_path / second)
+    with pytest.raises(ValueError, match=r"(low|full)_res/5a3.* and|Home/.* and IRSDataset/Home/|Easy/P000 and aband"):
+        _index.write(name, tmp_path)

@@ -6,6 +6,7 @@ A module has
     groups(root)            names of its scenes or sequences below `root`; empty where the data set is not there
     rows(root, group)       the image and depth files of one group, as `Row`s; no file is opened
     read(root, row)         ground truth of one image: values (H,W) float32 in the units of FACTS.kind, valid (H,W) bool
+    scene(group)            optional: the name of a group's scene wherever its folder lies; two of one name are an error
 
 `distill index NAME ROOT` walks a data set once and stores its rows (_index.py); recipes say
 `[[images]] dataset = "hypersim", root = "..."`. distill.data.maps reads the file formats; these modules know layouts,

@@ -54,8 +54,8 @@ def place(name: str, root: Path) -> Path:
 def write(name: str, root: Path, out: Path | None = None, *, report: Report | None = None) -> Indexed:
     """Walks the data set `name` below `root` and writes its index, by default to `place(name, root)`.
 
-    Raises FileNotFoundError where the data set is not found there, ValueError where no image has a depth file,
-    LookupError for an unknown name.
+    Raises FileNotFoundError where the data set is not found there, ValueError where no image has a depth file or a
+    scene lies there twice, LookupError for an unknown name.
     """
     plugin = find(FOLDER, name)
     if not root.is_dir():
@@ -65,6 +65,7 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
     groups = sorted(set(plugin.groups(root)))
     if not groups:
         raise FileNotFoundError(f"{root}: no files of {plugin.FACTS.title} found there; {_where_instead(plugin, root)}")
+    _check_copies(plugin, root, groups)
     aside = files.temporary_name(path)
     with files.raising_write_errors(path), files.only_writer(path):
         done = _finished_groups(aside, root, groups)
@@ -78,6 +79,16 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
                 if report:
                     report(number + 1, len(groups))
         return _finish(path, aside, groups, len(done), partial(_no_pair, plugin, root))
+
+
+def _check_copies(plugin: Any, root: Path, groups: Sequence[str]) -> None:
+    """Raise ValueError where a scene lies in two folders: its images, or smaller ones, would be used twice."""
+    seen: dict[str, str] = {}
+    for group in groups if hasattr(plugin, "scene") else ():
+        if (first := seen.setdefault(plugin.scene(group), group)) != group:
+            raise ValueError(
+                f"{root}: {first} and {group} are one scene, perhaps in two resolutions: move one of the folders away"
+            )
 
 
 def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str], unlisted: int) -> ValueError:

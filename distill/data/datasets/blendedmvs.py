@@ -38,6 +38,11 @@ def groups(root: Path) -> Iterator[str]:
             yield from (f"{folder.name}/{inner.name}" for inner in folders_of(folder) if _is_scene(inner))
 
 
+def scene(group: str) -> str:
+    """The PID: the authors publish many in two resolutions."""
+    return group.rpartition("/")[2]
+
+
 def _is_scene(folder: Path) -> bool:
     """Whether a folder has a scene's images, or only its depth."""
     return (folder / "blended_images").is_dir() or (folder / "rendered_depth_maps").is_dir()

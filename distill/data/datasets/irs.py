@@ -42,6 +42,11 @@ def groups(root: Path) -> Iterator[str]:
             yield from (f"{prefix}/{scene.name}" for scene in folders_of(root / prefix))
 
 
+def scene(group: str) -> str:
+    """CLASS/SCENE, whichever folder the classes are in."""
+    return group.removeprefix("IRSDataset/")
+
+
 def rows(root: Path, group: str) -> Group:
     """The left pictures of one scene."""
     files = files_of(root / group)

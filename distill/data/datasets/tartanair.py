@@ -45,6 +45,12 @@ def groups(root: Path) -> Iterator[str]:
                 yield from (f"{prefix}/{f.name}" for f in flights if any((f / sort).is_dir() for sort in sorts))
 
 
+def scene(group: str) -> str:
+    """ENVIRONMENT/DIFFICULTY/PNNN, whichever folders the archives were unpacked to."""
+    parts = group.split("/")
+    return "/".join((parts[0], *parts[-2:]))
+
+
 def rows(root: Path, group: str) -> Group:
     """The left pictures of one flight."""
     images = frames(files_of(root / group / "image_left"), "", "_left.png")
