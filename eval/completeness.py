@@ -22,7 +22,7 @@ from distill.core.findings import Finding
 from distill.core.plugins import find
 from distill.core.wording import counted
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.benchmarks._files import Files, locate, rows_found, rows_of_list
+from distill.eval.benchmarks._files import Files, locate, packed_hint, rows_found, rows_of_list
 from distill.eval.benchmarks._layouts import FileLayout, Rows
 from distill.eval.protocol import Protocol, list_hash
 from distill.eval.tasks import size_of
@@ -53,7 +53,7 @@ def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | 
         complete, incomplete = rows_found(files, module.PROTOCOL, layout)
     count = _count(module.PROTOCOL, [row[0] for row in (rows if list_file else complete)], listed=list_file)
     if not complete and not incomplete and layout.shape:
-        count = replace(count, remedy=f"expected layout: {layout.shape}")
+        count = replace(count, remedy=f"expected layout: {layout.shape}{packed_hint(files.names())}")
     findings.append(count)
     findings += _parts(layout, complete)
     findings += _missing(files, incomplete, name, listed=list_file is not None, total=len(complete) + len(incomplete))

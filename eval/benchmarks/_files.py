@@ -195,7 +195,7 @@ def rows_of_list(files: Files, list_file: Path | str, layout: FileLayout) -> Row
     rows = read_list(list_file, layout, files.names)
     if not all(files.has(name) for row in rows for name in row):
         files.set_aliases(
-            _find_aliases(files, layout, lambda names: [row for row in rows if names.issuperset(row)], len)
+            _find_aliases(files, layout, lambda names: ([row for row in rows if names.issuperset(row)], []))
         )
     return rows
 
@@ -204,7 +204,7 @@ def rows_found(files: Files, protocol: Protocol, layout: FileLayout) -> tuple[Ro
     """The rows that the layout's rule finds, and those that lack a file; their names become aliases of the files."""
     rows = layout.rows(files.names())
     if not _is_published(protocol, rows[0]):
-        aliases = _find_aliases(files, layout, lambda names: layout.rows(names)[0], lambda rows: _worth(protocol, rows))
+        aliases = _find_aliases(files, layout, layout.rows, protocol)
         if aliases:
             files.set_aliases(aliases)
             return layout.rows(set(aliases))
@@ -212,13 +212,17 @@ def rows_found(files: Files, protocol: Protocol, layout: FileLayout) -> tuple[Ro
 
 
 def _find_aliases(
-    files: Files, layout: FileLayout, find: Callable[[set[str]], Rows], worth: Callable[[Rows], int]
+    files: Files,
+    layout: FileLayout,
+    find: Callable[[set[str]], tuple[Rows, Rows]],
+    protocol: Protocol | None = None,
 ) -> dict[str, str]:
     """Names of the layout -> the files' own, if the benchmark lies in an inner folder or as its host ships it.
 
-    Chooses the folder (at most three levels down, of the 24 with the most files) whose rows, by `find`, have the
-    highest `worth`; empty if none is worth more than the root itself. ValueError where two are worth as much, and are
-    not copies of each other: either may be the resized one.
+    Chooses the folder (at most three levels down, of the 24 with the most files) whose rows, by `find` (complete, and
+    lacking a file), are worth most: the published ones, most rows, or else most incomplete ones. Empty if none is worth
+    more than the root itself. ValueError where two are worth as much, and are not copies of each other: either may be
+    the resized one.
     """
     there = sorted(files.names())
     parts = [name.split("/") for name in there]
@@ -232,12 +236,12 @@ def _find_aliases(
             shipped.setdefault(called, []).append(name)
     candidates += [{called: names[end] for called, names in shipped.items()} for end in (-1, 0)]
     found = [(candidate, find(set(candidate))) for candidate in candidates]
-    best, rows = max(found, key=lambda pair: worth(pair[1]))
-    if worth(rows) <= worth(find(set(there))):
+    best, rows = max(found, key=lambda pair: _worth(protocol, *pair[1]))
+    if _worth(protocol, *rows) <= _worth(protocol, *find(set(there))):
         return {}
     for other, others in found:
-        if worth(others) == worth(rows):
-            _check_copies(files, best, other, [name for row in rows for name in row])
+        if _worth(protocol, *others) == _worth(protocol, *rows):
+            _check_copies(files, best, other, [name for row in rows[0] for name in row])
     return best
 
 
@@ -257,9 +261,9 @@ def _is_published(protocol: Protocol, rows: Rows) -> bool:
     return len(keys) == protocol.num_images and list_hash(keys) == protocol.list_sha256
 
 
-def _worth(protocol: Protocol, rows: Rows) -> int:
+def _worth(protocol: Protocol | None, rows: Rows, broken: Rows) -> tuple[bool, int, int]:
     """The rank of rows in a search: the published ones are worth more than any number of others."""
-    return len(rows) + (1 << 30) * _is_published(protocol, rows)
+    return protocol is not None and _is_published(protocol, rows), len(rows), 0 if rows else len(broken)
 
 
 def ranged(depth: np.ndarray, protocol: Protocol, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -339,12 +343,18 @@ def _what_lies_there(there: set[str], protocol: Protocol, nothing: bool) -> str:
     hint = f", among {len(there)} files such as {min(there)}"
     if not nothing:
         return hint
-    for suffixes, advice in _PACKED.items():
-        if name := min((name for name in there if name.lower().endswith(suffixes)), default=""):
-            hint += f"; {name} {advice}"
+    hint += packed_hint(there)
     if any(name.endswith(".mat") for name in there):
         hint += f"; the only .mat read is NYU's nyu_depth_v2_labeled.mat; or `distill fetch {protocol.benchmark}`"
     return hint
+
+
+def packed_hint(there: set[str]) -> str:
+    """What to do about archives and containers among files, each advice after a semicolon."""
+    firsts = {
+        advice: min((n for n in there if n.lower().endswith(ends)), default="") for ends, advice in _PACKED.items()
+    }
+    return "".join(f"; {name} {advice}" for advice, name in firsts.items() if name)
 
 
 _PACKED = {

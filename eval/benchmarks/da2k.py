@@ -58,6 +58,8 @@ def _names(path: Path, annotations: dict[str, list[PointPair]]) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such list")
     names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    known = {name.removeprefix("./"): name for name in annotations}
+    names = [known.get(name.removeprefix("./"), name) for name in names]
     unknown = [name for name in names if name not in annotations]
     if unknown or not names:
         raise ValueError(f"{path}: " + (f"{unknown[0]} is not in annotations.json" if unknown else "the list is empty"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.eval.benchmarks import _nyu_mat, da2k, diode, ibims, kitti, nyu, scannet
+from distill.eval.benchmarks import _nyu_mat, da2k, diode, ibims, kitti, nyu, scannet, sintel
+from distill.eval.completeness import check_benchmark
 from distill.eval.score import score
 from tests.eval.test_benchmarks import DEPTH, RGB, content, image, npy, put
 from tests.eval.test_roots import labelled_mat
@@ -192,3 +194,27 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch
     locked.append(root / "other")
     with pytest.raises(OSError, match=r"root/other: this folder cannot be listed \(Permission denied\): allow it"):
         ibims.samples(root)
+
+
+def test_images_alone_say_which_file_they_lack_and_doctor_what_is_packed(tmp_path):
+    root = put(
+        tmp_path,
+        {f"MPI-Sintel-complete/training/{kind}/a/frame_0001.png": b"" for kind in ("final", "clean")},
+        "folder",
+    )
+    with pytest.raises(
+        ValueError, match=r"no images of sintel; 1 of 1 images lack a file, such as training/depth/a/fra"
+    ):
+        sintel.samples(root)
+    packed = put(tmp_path / "packed", {"val.tar.gz": b"x"}, "folder")
+    assert any(
+        f.remedy.endswith("; val.tar.gz should be unpacked, or given as root itself")
+        for f in check_benchmark("diode", packed)
+    )
+
+
+def test_da2ks_names_may_begin_with_a_dot(tmp_path):
+    pair = {"point1": [1, 2], "point2": [3, 4], "closer_point": "point1"}
+    (tmp_path / "annotations.json").write_text(json.dumps({"./images/indoor/a.jpg": [pair], "images/b.jpg": [pair]}))
+    names = listed(tmp_path, "images/indoor/a.jpg", "./images/b.jpg")
+    assert [sample.key for sample in da2k.samples(tmp_path, names)] == ["./images/indoor/a.jpg", "images/b.jpg"]
