@@ -192,8 +192,9 @@ def test_anydepths_list_of_virtual_kitti2_chooses_its_left_camera(tmp_path):
     _index.write("virtual_kitti2", tmp_path)
     at = "/data/vkitti2/Scene01/clone/frames"
     line = f"{at}/rgb/Camera_0/rgb_00001.jpg {at}/depth/Camera_0/depth_00001.png"
-    [row] = _index.read("virtual_kitti2", tmp_path, names=[line])
-    assert row.name == "Scene01/clone/Camera_0/00001"
+    for text in (line, "D:" + line.replace("/", "\\")):
+        [row] = _index.read("virtual_kitti2", tmp_path, names=[text])
+        assert row.name == "Scene01/clone/Camera_0/00001"
     facts = find(FOLDER, "virtual_kitti2").FACTS
     assert facts.kept == 12_643 and "Camera_0 alone" in facts.note
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distill.app.cli import main
 from distill.eval.benchmarks import _nyu_mat, da2k, diode, ibims, kitti, nyu, scannet, sintel
 from distill.eval.completeness import check_benchmark
 from distill.eval.score import score
@@ -197,19 +198,24 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch
 
 
 def test_images_alone_say_which_file_they_lack_and_doctor_what_is_packed(tmp_path):
-    root = put(
-        tmp_path,
-        {f"MPI-Sintel-complete/training/{kind}/a/frame_0001.png": b"" for kind in ("final", "clean")},
-        "folder",
-    )
-    with pytest.raises(
-        ValueError, match=r"no images of sintel; 1 of 1 images lack a file, such as training/depth/a/fra"
-    ):
+    folder = "MPI-Sintel-complete/training"
+    root = put(tmp_path, {f"{folder}/{kind}/a/frame_0001.png": b"" for kind in ("final", "clean")}, "folder")
+    with pytest.raises(ValueError, match=r"no images of sintel; 1 of 1 images lack a file, such as training/depth/a/f"):
         sintel.samples(root)
-    packed = put(tmp_path / "packed", {"val.tar.gz": b"x"}, "folder")
-    assert any(
-        f.remedy.endswith("; val.tar.gz should be unpacked, or given as root itself")
-        for f in check_benchmark("diode", packed)
+    findings = check_benchmark("diode", put(tmp_path / "packed", {"val.tar.gz": b"x"}, "folder"))
+    assert any(f.remedy.endswith("; val.tar.gz should be unpacked, or given as root itself") for f in findings)
+
+
+def test_the_result_itself_says_why_an_image_failed(tmp_path, capsys):
+    files = content("scannet") | {DEPTH["scannet"][0]: image(np.full((12, 16), 600, np.uint16))}
+    samples = scannet.samples(
+        put(tmp_path, files, "folder"), names := listed(tmp_path, f"{RGB['scannet']} {DEPTH['scannet'][0]}")
+    )
+    scored(tmp_path, scannet, samples)  # stores its map
+    named = ["--kind", "metric_depth", "--benchmark", "scannet", "--root", str(tmp_path / "root"), "--list", str(names)]
+    assert main(["score", "--predictions", str(tmp_path / "store"), *named]) == 1
+    assert "; the first: scene0406_02/color/000300.jpg: the truth is (12, 16), but its image" in " ".join(
+        capsys.readouterr().out.split()
     )
 
 

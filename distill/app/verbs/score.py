@@ -101,7 +101,9 @@ def run(args: argparse.Namespace) -> int:
         note(f"  {line}")
     failed = sum(image.failed for image in result.images)
     if failed:
-        say(f"{failed} of {len(result.images)} images could not be scored" + ("" if args.allow_failed else "; no mean"))
+        first = next(image for image in result.images if image.failed)
+        count = f"{failed} of {len(result.images)} images could not be scored{'' if args.allow_failed else '; no mean'}"
+        say(f"{count}; the first: {first.key}: {first.problem}")
     if all(value is None for _, value in means):
         if not failed:
             say("no image has a pixel of ground truth to score")

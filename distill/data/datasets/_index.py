@@ -244,7 +244,7 @@ def _choose(path: Path, rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     by_name = {row.name: row for row in rows} | {row.rgb: row for row in rows}
     chosen, unknown = [], []
     for name in names:
-        word = name.split()[0].removeprefix("./")
+        word = name.split()[0].replace("\\", "/").removeprefix("./")
         while word not in by_name and "/" in word:
             word = word.partition("/")[2]
         if word in by_name:
