@@ -22,6 +22,7 @@ from distill.core import files
 from distill.core.depth import Kind
 from distill.core.progress import Report
 from distill.data.maps import READ_ERRORS, find_map, read_map
+from distill.data.packing import Gapped
 from distill.eval.benchmarks import BenchmarkSample
 from distill.teachers import Teacher
 
@@ -158,11 +159,7 @@ def read_prediction(
         remedy = "resize it to the image" if crop == "none" else f"crop it like the truth ({crop})"
         raise BadPredictionError(f"the map is {values.shape}, but the truth is {size}: {remedy} before storing")
     is_integer = values.dtype.kind != "f"
-    gaps = np.zeros(0, bool) if is_integer else np.isnan(values)
-    # Integers with gaps were read as floats with NaN.
-    measured = values[~gaps] if gaps.any() else values[:0]
-    had_integers = is_integer or (measured.size > 0 and bool((measured == np.floor(measured)).all()))
-    if had_integers and is_metric and path.suffix.lower() != ".npy":
+    if (is_integer or isinstance(values, Gapped)) and is_metric and path.suffix.lower() != ".npy":
         raise BadPredictionError(
             f"integers ({values.dtype}{'' if is_integer else ' with gaps'}) of unknown unit: store metres as .npy, or "
             "score another kind"

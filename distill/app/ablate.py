@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,7 +211,7 @@ def _run(cell: StudyCell) -> None:
     try:
         commands.run_train(cell.recipe)
         # No column is a teacher's score, and a heavy one would be asked again in every cell.
-        commands.run_score(replace(cell.recipe, score=replace(cell.recipe.score, teachers=False)))
+        commands.run_score(cell.recipe, teachers=False)
     except TrainingStoppedError as error:
         failed = str(error)
     result_record = {"row": cell.row, "seed": cell.seed, "failed": failed, "seconds": time.monotonic() - began}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -261,15 +262,18 @@ def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
     }
 
 
-def run_score(recipe: Recipe) -> list[scoring.Score]:
+def run_score(recipe: Recipe, *, teachers: bool = True) -> list[scoring.Score]:
     """Predicts, stores, then scores every model on every benchmark; what is stored already is not predicted again.
+
+    teachers: False leaves out the recipe's, whatever its score.teachers; the kept recipe is the same.
 
     Images that could not be scored are logged with file and reason; `num_failed` of the results counts them.
     """
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
+    scored = recipe if teachers else replace(recipe, score=replace(recipe.score, teachers=False))
     with kept_recipe(recipe):
-        return score_all(recipe)
+        return score_all(scored)
 
 
 def run_report(recipe: Recipe) -> Path:

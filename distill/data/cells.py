@@ -24,7 +24,7 @@ def focal(text: str) -> float:
     return length
 
 
-_UNKNOWN_SCALE = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|#?n/?a\b|up to|\?")
+_UNKNOWN_SCALE = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|#?n/?a\b|up[- ]to|\?")
 UNITS = {
     word + plural: unit
     for words, unit in (("m metre meter", 1.0), ("cm centimetre centimeter", 0.01), ("mm millimetre millimeter", 0.001))
@@ -42,7 +42,7 @@ _NAMES_SCALE = re.compile(
     r"\b(?:mm|cm|(?:milli|centi)?met(?:re|er)s?)\b|\b(?:divided?|divisor|multipl\w+|times|factor)\b.*\d"
 )
 """Words that say what the scale is, but not as a number: "depth in millimetres", "divide by 1000"."""
-_NAMES_NONE = re.compile(r"\b(?:unknown|relative|arbitrary|affine|without|no|not|up to)\b")
+_NAMES_NONE = re.compile(r"\b(?:unknown|relative|arbitrary|affine|without|no|not|up[- ]to)\b")
 
 
 def scale(text: str) -> float | None:
@@ -64,7 +64,8 @@ def scale(text: str) -> float | None:
     names_scale = _LOOKS_LIKE_SCALE.match(plain) or (_NAMES_SCALE.search(plain) and not _NAMES_NONE.search(plain))
     if plain and "disp" not in plain and names_scale:
         hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
-        raise ValueError(f"scale_to_metres {text!r} is not a number{hint}; words alone mean an unknown scale")
+        hint = hint or " of metres per unit, such as 0.001"
+        raise ValueError(f'scale_to_metres {text!r} is not a number{hint}; write "unknown" if the scale is')
     return None
 
 

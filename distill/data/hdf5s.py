@@ -55,10 +55,7 @@ def _filled(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
     for name in ("_FillValue", "missing_value"):
         for missing in _numbers(notes, name, values.dtype):
             absent |= values == missing
-    if not absent.any():
-        return values
-    wide = values if values.dtype.kind == "f" else values.astype(np.float64)
-    return np.where(absent, wide.dtype.type(np.nan), wide)
+    return packing.with_gaps(values, absent, floats=np.float64)
 
 
 def _beyond(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:

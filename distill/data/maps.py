@@ -73,7 +73,7 @@ class BadMapError(OSError):
 
 
 def read_map(path: Path, quantity: str = "", *, scale: float | None = 1.0) -> np.ndarray:
-    """The (H,W) values of a file as they are stored, of any real dtype; BadMapError says why it is not a map.
+    """The (H,W) values of a file as stored, of any real dtype or packing.Gapped; BadMapError says why it is no map.
 
     quantity: "depth" or "disparity", the one to take from a file that holds both; a file that only holds disparity by
     its arrays' names is not read as depth. "": either, depth first. scale: by which the caller multiplies the values
@@ -149,7 +149,7 @@ def _plane(values: Any, scale: float | None = 1.0) -> np.ndarray:
         raise BadMapError(f"holds {getattr(values, 'dtype', type(values).__name__)}, not real numbers{packed}")
     if reason := packing.conflict(values, scale):
         raise BadMapError(reason)
-    values = np.asarray(values)
+    values = values if isinstance(values, packing.Gapped) else np.asarray(values)
     plane = values if values.ndim == 2 else values.reshape([side for side in values.shape if side != 1])
     if plane.ndim != 2 or not plane.size:
         raise BadMapError(f"has the shape {values.shape}: a depth map has one channel, (H, W)")

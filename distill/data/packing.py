@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from distill.data import cells
 
@@ -31,6 +32,19 @@ class Packed(np.ndarray):
     factor: float
     offset: float
     unit: str
+
+
+class Gapped(np.ndarray):
+    """Floats that were stored as integers: NaN stands for those that their file declares missing."""
+
+
+def with_gaps(values: np.ndarray, empty: np.ndarray, *, floats: DTypeLike) -> np.ndarray:
+    """Samples with NaN where `empty`; integers become `floats` then, marked as Gapped."""
+    if not empty.any():
+        return values
+    wide = values if values.dtype.kind == "f" else values.astype(floats)
+    gapped = np.where(empty, wide.dtype.type(np.nan), wide)
+    return gapped if wide is values else gapped.view(Gapped)
 
 
 def packed(values: np.ndarray, factor: float, offset: float, unit: str = "") -> np.ndarray:

@@ -69,11 +69,8 @@ def _without_nodata(values: np.ndarray, text: str) -> np.ndarray:
 
 
 def with_gaps(values: np.ndarray, empty: np.ndarray) -> np.ndarray:
-    """Samples with NaN where `empty`; integers become floats then."""
-    if not empty.any():
-        return values
-    wide = values if values.dtype.kind == "f" else values.astype(np.float32 if values.itemsize < 4 else np.float64)
-    return np.where(empty, wide.dtype.type(np.nan), wide)
+    """`packing.with_gaps` in the narrowest floats that hold every digit."""
+    return packing.with_gaps(values, empty, floats=np.float32 if values.itemsize < 4 else np.float64)
 
 
 def by_libtiff(data: bytes) -> Image.Image:

@@ -155,8 +155,9 @@ class Film:
             return f"no frame of this video can be decoded (its codec is {self._codec_name})"
         # The header counts stored frames and assumes an even rate, so only the end time is compared.
         complete = not self._truncated and (not self._end_s or last >= self._end_s - 2 / self.rate)
-        # Formats that say how long they are may end in padding.
-        zeros = _ends_in_zeros(self._path) and not (complete and self._format in _WITH_LENGTH)
+        # Formats that say how long they are may end in padding, and uncompressed pixels in black.
+        may_end_so = (complete and self._format in _WITH_LENGTH) or self._codec_name == "rawvideo"
+        zeros = not may_end_so and _ends_in_zeros(self._path)
         if not complete or (zeros and count != self._stored):
             damage_note = f"; {lost} frames are damaged too" if lost > 1 else ""  # one: the frame at the cut
             damage_note += "; it ends in zeros, as an unfinished download does" if zeros else ""

@@ -210,9 +210,12 @@ def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch, uncounted):
     ran = []
     real = ablate.commands.run_train
     monkeypatch.setattr(ablate.commands, "run_train", lambda recipe: (ran.append(recipe.run.name), real(recipe))[1])
-    assert main(["ablate", str(tiny), "--out", "out"]) == 0
+    study = ["ablate", str(tiny), "--out", "out", "--set", "score.teachers=true"]
+    assert main(study) == 0
     assert len(ran) == 4
-    said = capsys.readouterr().out
+    said, noted = capsys.readouterr()
+    assert "was made with other values" not in noted, "a cell's scores leave out the teachers, its recipe does not"
+    assert not list(Path("out/cells").glob("*/scores/*blurred*"))
     assert "global beats none" in said and "tiny-bench/index.html" in said.replace("\n", "")
     result = json.loads(Path("out/tiny-bench/study.json").read_text())
     values = {row["name"]: row["values"] for row in result["rows"]}
@@ -237,13 +240,13 @@ def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch, uncounted):
     lost = next(Path("out/cells").glob("*/cell.json"))
     lost.unlink()
     ran.clear()
-    assert main(["ablate", str(tiny), "--out", "out"]) == 0
+    assert main(study) == 0
     assert len(ran) == 1
     again = json.loads(Path("out/tiny-bench/study.json").read_text())
     assert {r["name"]: r["values"] for r in again["rows"]} == values
     ran.clear()
     next(Path("out/cells").glob("*/cell.json")).unlink()
-    assert main(["ablate", str(tiny), "--out", "out", "--collect"]) == 0  # says what is there, and runs nothing
+    assert main([*study, "--collect"]) == 0  # says what is there, and runs nothing
     assert not ran and "one seed decides nothing" in Path("out/tiny-bench/table.md").read_text()
 
 
@@ -384,7 +387,7 @@ def test_a_cell_that_is_killed_while_its_weights_are_removed_is_not_trained_agai
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ablate.commands, "run_train", train)
-    monkeypatch.setattr(ablate.commands, "run_score", scored.append)
+    monkeypatch.setattr(ablate.commands, "run_score", lambda recipe, **given: scored.append((recipe, given)))
     monkeypatch.setattr(ablate, "_label_all", lambda every: None)
     monkeypatch.setattr(ablate.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -392,4 +395,4 @@ def test_a_cell_that_is_killed_while_its_weights_are_removed_is_not_trained_agai
     monkeypatch.setattr(ablate.shutil, "rmtree", plain)
     ablate._run_cells([cell])
     assert len(ran) == 1 and ablate.is_done(cell) and not weights.parent.exists()
-    assert cell.recipe.score.teachers and not scored[0].score.teachers, "no column shows a teacher"
+    assert scored == [(cell.recipe, {"teachers": False})], "no column shows a teacher"

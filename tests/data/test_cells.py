@@ -47,6 +47,7 @@ def test_a_focal_length_is_a_number_of_pixels_above_zero_or_empty(text, pixels):
         ),
         *(("none, not 0.001 m", None), ("relative (0.5-2)", None), ("1/disp", None)),
         *(("SfM, not in metres", None), ("scene units without metres", None)),
+        *(("up-to-scale (factor 2)", None), ("depth, up-to-scale, times 2", None)),
     ],
 )
 def test_a_scale_is_metres_per_unit_or_unknown(text, metres):
@@ -59,12 +60,12 @@ def test_a_scale_is_metres_per_unit_or_unknown(text, metres):
         *(
             ("0,001", "is not a number: write 0.001;"),
             ("-0,5", "is not a number: write -0.5;"),
-            ("depth in millimetres", "is not a number; words alone mean an unknown scale"),
-            ("uint16 mm", "is not a number; words alone"),
-            ("divide by 1000", "is not a number; words alone"),
-            ("1/0", "not a number;"),
+            ("depth in millimetres", 'is not a number of metres per unit, such as 0.001; write "unknown" if the scale'),
+            ("uint16 mm", "is not a number of metres per unit"),
+            ("divide by 1000", "is not a number of metres per unit"),
+            ("1/0", "not a number of metres"),
         ),
-        *(("5 feet", "is not a number;"), ("#REF!", "a spreadsheet's error"), ("Err:502", "a spreadsheet's error")),
+        *(("5 feet", "not a number of"), ("#REF!", "a spreadsheet's error"), ("Err:502", "a spreadsheet's error")),
     ],
 )
 def test_a_scale_that_looks_like_a_number_is_no_unknown_one(text, said):

@@ -24,7 +24,7 @@ from distill.eval.plane import COLUMNS, ROWS, fit_plane
 from distill.eval.score import predict, score, score_predictions
 from distill.eval.scorefile import require_writable
 from distill.eval.settings import BenchmarkSettings
-from distill.eval.stored import find_prediction, read_settings
+from distill.eval.stored import find_prediction, read_prediction, read_settings
 from distill.teachers._settings import TeacherSettings
 from tests.eval.known_maps import CLEAN, SIZE, Echo, samples, truth
 
@@ -294,3 +294,15 @@ def test_asking_whether_an_out_can_be_written_takes_nothing_away_from_its_writer
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(OSError, match="cannot be written .*too long"):
         require_writable(tmp_path / f"{'a' * 245}.json")
+
+
+def test_floats_with_gaps_are_not_integers_whatever_their_values(tmp_path):
+    """A plane, or what is so far that its format holds whole metres only."""
+    depth = np.array([[10, np.nan], [10, 12]], np.float32)
+    Image.fromarray(depth).save(tmp_path / "a.tiff")
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n2 2\n-1\n" + depth[::-1].tobytes())
+    np.savez(tmp_path / "a.npz", depth=depth)
+    for name in ("a.tiff", "a.pfm", "a.npz"):
+        values, remarks = read_prediction(tmp_path / name, (2, 2), Kind.METRIC_DEPTH)
+        np.testing.assert_array_equal(values, depth)
+        assert not remarks and type(values) is np.ndarray

@@ -27,6 +27,15 @@ def test_a_film_whose_end_never_arrived_is_not_whole(tmp_path, name):
         video.Film(path)
 
 
+def test_black_pixels_at_the_end_are_no_lost_ones(tmp_path):
+    """A frame of a grey film without compression is zeros where it is black."""
+    frames = [bytes([level]) * (96 * 64) for level in (200, 100, 0)]
+    header = b"YUV4MPEG2 W96 H64 F25:1 Ip A1:1 Cmono\n"
+    (tmp_path / "v.y4m").write_bytes(header + b"".join(b"FRAME\n" + frame for frame in frames))
+    shown = video.Film(tmp_path / "v.y4m")
+    assert len(list(shown)) == 3 and not shown.problem
+
+
 def test_fragments_that_never_arrived_are_told(tmp_path):
     """The header of a film in fragments does not say how many there are."""
     options = {"movflags": "frag_every_frame+empty_moov"}

@@ -122,6 +122,8 @@ def test_any_other_student_comes_with_its_code(tmp_path, photo, decoder):
     ):
         with pytest.raises(ValueError, match=message):
             pipe.image_processor(wrong)
+    for mode in ("I;16B", "I;16L"):  # as big-endian TIFFs are opened; Pillow knows no extremes of theirs
+        assert len(pipe.image_processor(Image.new(mode, (90, 120)))["pixel_values"]) == 1
     # A second export takes the place of the first; a plain one leaves none of its files.
     assert cli.main(["export", str(tmp_path / "s"), out, "--overwrite"]) == 0
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["README.md", "model.safetensors", "student.json"]
