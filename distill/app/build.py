@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def training_labels(recipe: Recipe) -> LabelDataset | OnlineDataset:
             mirror.fetch(source, folder, cached=limit > 0)
     if not (folder / MANIFEST).is_file():
         other = labels_of_another_run(recipe)
-        way = f"; or use those of another run: --set labels.root={other}" if other else ""
+        way = f"; or use those of another run: --set labels.root={shlex.quote(str(other))}" if other else ""
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first{way}")
     # A folder without CACHED was made here or fetched whole: its tars are never evicted.
     cache = TarCache(source, folder, limit) if limit and (folder / CACHED).is_dir() else None

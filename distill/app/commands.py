@@ -7,6 +7,7 @@ A run's folder:
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -139,7 +140,7 @@ def _note_other_labels(recipe: Recipe, folder: Path, images: list[InputShard], t
     if not (folder / shards.SETTINGS).is_file() and (same := build.labels_of_another_run(recipe)):
         note(
             f"{same} has finished labels of this recipe's images, crops and teachers; they are made again here. To use "
-            f"those instead, stop this command and add --set labels.root={same}"
+            f"those instead, stop this command and add --set labels.root={shlex.quote(str(same))}"
         )
         return
     settings = settings_of(teachers, recipe.crops, recipe.labels, seed=recipe.run.seed)
@@ -149,7 +150,7 @@ def _note_other_labels(recipe: Recipe, folder: Path, images: list[InputShard], t
         rename_hint = f"rename {now} back to {then}, " if name else ""
         note(
             f"{other} has finished labels of these files from when their path was different; they are made again here. "
-            f"To use those instead, stop this command, {rename_hint}and add --set labels.root={other}"
+            f"To use those instead, stop this command, {rename_hint}and add --set labels.root={shlex.quote(str(other))}"
         )
 
 
