@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.core.shapes import check_maps
+
 NUM_THRESHOLDS = 10
 
 
@@ -32,8 +34,9 @@ def boundary_f1(
     """Boundary F1, (B,) float32, of predicted against true depth, both (B,H,W) in any unit.
 
     valid: (B,H,W) bool, where the truth is known; everywhere if None, as published. Per threshold: recall and precision
-    are means over the four kinds of edge (0 where there is none to find).
+    are means over the four kinds of edge (0 where there is none to find). Raises ValueError for different shapes.
     """
+    check_maps(pred=pred, target=target, valid=valid)
     near, near_target = _inverse(pred), _inverse(target)
     both_valid = _both_valid(torch.ones_like(target, dtype=torch.bool) if valid is None else valid)
     total = torch.zeros(len(pred), dtype=torch.float64, device=pred.device)
@@ -62,7 +65,9 @@ def boundary_recall(
 
     alpha: (B,H,W), a matte in [0,1] or a bool mask; above `foreground` is foreground. Predicted edges are thinned
     first: of a run of edges along a row (for up and down: a column) only the strongest stays, the first of equals.
+    A matte of 0 to 255 is not divided, as published: 1 is foreground then. Raises ValueError for different shapes.
     """
+    check_maps(pred=pred, alpha=alpha)
     inside = alpha.float() > foreground
     near = _inverse(pred)
     total = torch.zeros(len(pred), dtype=torch.float64, device=pred.device)

@@ -100,9 +100,11 @@ def alignment_plan(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPla
 def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> ImageErrors:
     """Align a prediction (H,W) float32 to a truth (1,H,W) and sum up its errors.
 
-    Raises NoGroundTruthError, or ValueError if the prediction is not finite on a valid pixel; messages have one line.
+    Raises NoGroundTruthError, or ValueError if the prediction is not finite on a valid pixel or has not the truth's
+    size; messages have one line.
     Source of the marigold mode: prs-eth/Marigold, script/depth/eval.py and src/util/alignment.py.
     """
+    pred = _of_size(pred, truth)
     plan = alignment_plan(kind, truth.kind, protocol.alignment)
     if truth.kind.unknown != "affine":
         truth = as_depth(truth)
@@ -140,6 +142,14 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive, plan.metres, error)
 
 
+def _of_size(pred: np.ndarray, truth: DepthMap) -> np.ndarray:
+    """The prediction, float32 where it was half precision; ValueError unless it has the size of its one truth."""
+    if tuple(pred.shape) != tuple(truth.values.shape[1:]) or len(truth) != 1:
+        sizes = f"{tuple(pred.shape)} and {tuple(truth.values.shape)}"
+        raise ValueError(f"a prediction (H,W) and its truth (1,H,W) must have one size, not {sizes}: resize it first")
+    return pred.astype(np.float32) if pred.dtype == np.float16 else pred
+
+
 def _scale_error(pred: np.ndarray, truth: np.ndarray, kind: Kind) -> float:
     """The overall scale error of a metric map: the median of depth / truth, less 1."""
     product = np.maximum(pred, 1e-6) * truth if kind.quantity == "disparity" else None
@@ -165,7 +175,7 @@ def aligned_depth(
     protocol's range; the map is clipped as the protocol says. Without a fit the sums are empty. Raises KindError for a
     truth whose shift is unknown.
     """
-    truth = as_depth(truth)
+    pred, truth = _of_size(pred, truth), as_depth(truth)
     fitted = protocol.with_kind(kind)
     plan = alignment_plan(kind, truth.kind, fitted.alignment)
     if plan.unknown != "affine" and (plan.unknown == "metric" or not scaled):

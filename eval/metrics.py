@@ -23,6 +23,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from distill.core.shapes import check_maps
+
 NUM_SUMS = 11
 _BLOCK = 65536
 _THRESHOLDS = [[1.25], [1.25**2], [1.25**3]]
@@ -40,12 +42,16 @@ class MetricRow:
 
 
 def sums(pred: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """(B, NUM_SUMS) float64 sums over the valid pixels of (B,H,W) or (B,N) float32 maps; all are valid where None.
+    """(B, NUM_SUMS) float64 sums over the valid pixels of (B,H,W) or (B,N) maps; all are valid where None.
 
     With d = pred - target and l = log(pred / target), the columns are: the number of pixels, |d|/target, d^2/target,
     d^2, l, l^2, |l|, (1/pred - 1/target)^2, and the numbers of pixels with max(pred/target, target/pred) < 1.25,
-    1.25^2, 1.25^3.
+    1.25^2, 1.25^3. Computed in float32, or in float64 where pred or target is. Raises ValueError for maps of different
+    shapes or a `valid` that is not bool.
     """
+    check_maps(pred=pred, target=target, valid=valid, any_rank=True)
+    # A number of pixels, or a sum over them, overflows float16.
+    pred, target = (each if each.dtype == torch.float64 else each.float() for each in (pred, target))
     totals = torch.zeros(len(pred), NUM_SUMS, dtype=torch.float64, device=pred.device)
     for image in range(len(pred)):
         flat_pred, flat_target = pred[image].reshape(-1), target[image].reshape(-1)

@@ -35,6 +35,7 @@ from distill.students.modelcard import canonical_rule, page_of
 from distill.students.quantize import fits, may_shrink, pack, unpack
 from distill.students.rounding import calibrated
 from distill.students.skip_init import SkipInit
+from distill.students.student import plain_state, unwrapped
 
 VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
@@ -59,7 +60,7 @@ def save(
     exclude_frozen_encoder: bool = False,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write `student` to `folder`, replacing an older student; returns the folder. Existing dot-files are kept.
+    """Write `student`, wrapped or not, to `folder`, replacing an older student; returns the folder. Dot-files are kept.
 
     card: plain values about where it comes from (name, licence, teachers, ...); also written as README.md.
     dtype: torch.float32, or torch.float16 for half the size; vectors (norms, biases, statistics) stay float32, and
@@ -74,20 +75,20 @@ def save(
     Raises ValueError if the encoder cannot be left out, FileExistsError if `folder` holds anything but a student,
     OSError if it cannot be written; the previous content is then unchanged.
     """
-    folder = Path(folder)
+    folder, student = Path(folder), unwrapped(student)
     _check_place(folder)
     if dtype not in (torch.float32, torch.float16):
-        raise ValueError(f"{folder}: students are saved as float32 or float16, not {dtype}")
+        raise ValueError(f"{folder}: students are saved as float32 or float16, not {dtype!r}")
     if bits not in (None, 4):
         raise ValueError(f"{folder}: students are quantized to 4 bits or not at all, not to {bits}")
     encoder_file = _encoder_file(student, folder) if exclude_frozen_encoder else None
     tensors = {
         key: value.detach().to("cpu", dtype if may_shrink(value) and fits(value) else value.dtype).contiguous()
-        for key, value in student.state_dict().items()
+        for key, value in plain_state(student).items()
         if encoder_file is None or not key.startswith("encoder.")
     }
     if bits == 4:
-        shapes = {key: value.shape for key, value in student.state_dict().items()}
+        shapes = {key: value.shape for key, value in plain_state(student).items()}
         tensors = pack(tensors, shapes, calibrated=calibrated(student, calibration) if calibration else None)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     stored = "int4" if bits else str(dtype).removeprefix("torch.")

@@ -52,11 +52,14 @@ class Student(nn.Module):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Plain values from which `build(**spec)` makes the same student (with other weights)."""
+        """Plain values from which `build(**spec)` makes the same student (with other weights).
+
+        Raises ValueError if another decoder than `decoder_name` was put in its place, and is none of this package's.
+        """
         return {
             "encoder": self.encoder.name,
             "encoder_options": dict(self.encoder.options),
-            "decoder": self.decoder_name,
+            "decoder": _plugin_name(self.decoder, self.decoder_name),
             "decoder_options": dict(self.decoder.options),
             "native_size": self.native_size,
             **({"max_depth": self.max_depth} if self.max_depth else {}),
@@ -93,6 +96,45 @@ class Student(nn.Module):
             raw = resize_bilinear(raw, (padded[0], padded[1]), align_corners=False)
         values = in_metres(raw[:, 0, top : top + height, left : left + width], self.max_depth)
         return (values, features[-1][0]) if with_features else values
+
+
+def unwrapped(model: nn.Module) -> Student:
+    """The student itself, inside the wrappers of torch.compile and of data parallelism; TypeError if there is none."""
+    inner: Any = model
+    while not isinstance(inner, Student):
+        inside = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(inside, nn.Module):
+            raise TypeError(f"a student is a distill.students.Student, not {type(model).__name__}")
+        inner = inside
+    return inner
+
+
+def plain_state(student: Student) -> dict[str, Tensor]:
+    """Its state_dict, by the names that it has where neither encoder nor decoder is compiled."""
+    return {
+        ".".join(part for part in key.split(".") if part != "_orig_mod"): value
+        for key, value in student.state_dict().items()
+    }
+
+
+def _plugin_name(decoder: Any, name: str) -> str:
+    """`name`, or that of the decoder that a user has put in the place of the one called `name`."""
+    package = "distill.students.decoders"
+    made = type(getattr(decoder, "_orig_mod", decoder))
+    try:
+        named = find(package, name).Decoder
+    except LookupError:
+        return name
+    # By name too, because a notebook may have reloaded the file.
+    if issubclass(made, named) or (made.__module__, made.__qualname__) == (named.__module__, named.__qualname__):
+        return name
+    folder, _, own = made.__module__.rpartition(".")
+    if folder != package:
+        raise ValueError(
+            f"the student's decoder is {made.__module__}.{made.__qualname__}, not {name}: set its decoder_name to the "
+            "plug-in that makes it, a name or a file"
+        )
+    return own
 
 
 def in_metres(raw: Tensor, max_depth: float | None) -> Tensor:

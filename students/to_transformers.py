@@ -49,10 +49,10 @@ def native(student: Student) -> str:
         and len(set(encoder.indices)) == 4
     )
     integral_depth = student.max_depth is None or float(student.max_depth).is_integer()
-    if plain and student.decoder_name == "dav2" and integral_depth and options["patch_size"] == encoder.patch_size:
+    if plain and student.spec["decoder"] == "dav2" and integral_depth and options["patch_size"] == encoder.patch_size:
         return "DepthAnything"
     folds = options.get("norm") in ("batch", "frozen", "none")
-    if plain and student.decoder_name == "dpt" and options["channels"] == 256 and folds and not student.max_depth:
+    if plain and student.spec["decoder"] == "dpt" and options["channels"] == 256 and folds and not student.max_depth:
         return "DPT"
     return ""
 
@@ -304,9 +304,9 @@ def _write_code(student: Student, folder: Path) -> None:
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     template = Path(__file__).with_name(f"{_READS}.py")
     source = template.read_text(encoding="utf-8")
-    decoder = find("distill.students.decoders", student.decoder_name)
+    decoder = find("distill.students.decoders", student.spec["decoder"])
     # A user's decoder is a file, or a package's module; its name is kept.
-    name = re.sub(r"\W", "_", Path(student.decoder_name).stem)
+    name = re.sub(r"\W", "_", Path(student.spec["decoder"]).stem)
     source = source.replace(
         "from distill.students.decoders.sdt import", f"from distill.students.decoders.{name} import"
     )

@@ -11,13 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distill.core.shapes import check_maps
+
 
 def _masked_mean(values: Tensor, valid: Tensor, count: Tensor) -> Tensor:
     return torch.where(valid, values, 0.0).sum((-2, -1)) / count
 
 
 def fit_affine(pred: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and shift, each (B,) float32, that bring `pred` (B,H,W) to `target` (B,H,W) on `valid` (B,H,W) bool."""
+    """Scale and shift, each (B,) float32, that bring `pred` (B,H,W) to `target` (B,H,W) on `valid` (B,H,W) bool.
+
+    Raises ValueError for maps of different shapes.
+    """
+    check_maps(pred=pred, target=target, valid=valid, any_rank=pred.ndim > 3)
     pred64, target64 = pred.double(), target.double()
     count = valid.sum((-2, -1)).clamp(min=1).double()
     mean_pred = _masked_mean(pred64, valid, count)

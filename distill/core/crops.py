@@ -144,14 +144,14 @@ def native_shape(height: int, width: int, size: int, multiple: int) -> tuple[int
 
 
 def cut_region(image: Tensor, plan: Plan) -> Tensor:
-    """The region of `image` (C,H,W) as (C,size,size), or (C,size,width)."""
-    r = plan.region
+    """The region of `image` (C,H,W) as (C,size,size), or (C,size,width); ValueError if it is not in the image."""
+    r = _region_of(image, plan)
     return resize(image[:, r.top : r.top + r.side, r.left : r.left + r.columns], *plan.shape)
 
 
 def cut_patches(image: Tensor, plan: Plan) -> Tensor:
     """The patches of `image` (C,H,W) as (N,C,patch_size,patch_size), at native resolution unless the image is small."""
-    r, size = plan.region, plan.patch_size
+    r, size = _region_of(image, plan), plan.patch_size
     parts = [
         image[:, r.top + p.top : r.top + p.top + p.side, r.left + p.left : r.left + p.left + p.side]
         for p in plan.patches
@@ -160,6 +160,15 @@ def cut_patches(image: Tensor, plan: Plan) -> Tensor:
         return image.new_zeros(0, image.shape[0], size, size)
     # Copying channels-last, the layout of a decoded photograph, takes half the time of copying planes.
     return torch.stack([resize(part, size, size).movedim(0, -1) for part in parts]).movedim(-1, 1)
+
+
+def _region_of(image: Tensor, plan: Plan) -> Square:
+    """The plan's region; ValueError if the image (C,H,W) does not hold it, of which a slice would be cut silently."""
+    r = plan.region
+    if image.ndim != 3 or r.top + r.side > image.shape[1] or r.left + r.columns > image.shape[2]:
+        needed = f"{r.top + r.side} rows and {r.left + r.columns} columns"
+        raise ValueError(f"the plan is of another image: it needs (C,H,W) of {needed}, not {tuple(image.shape)}")
+    return r
 
 
 INSIDE_TOLERANCE = 1e-4

@@ -72,7 +72,7 @@ class BadMapError(OSError):
     """A file that is not a map; the message is the reason, without the file's name."""
 
 
-def read_map(path: Path, quantity: str = "", *, scale: float | None = 1.0) -> np.ndarray:
+def read_map(path: str | Path, quantity: str = "", *, scale: float | None = 1.0) -> np.ndarray:
     """The (H,W) values of a file as stored, of any real dtype or packing.Gapped; BadMapError says why it is no map.
 
     quantity: "depth" or "disparity", the one to take from a file that holds both; a file that only holds disparity by
@@ -80,7 +80,7 @@ def read_map(path: Path, quantity: str = "", *, scale: float | None = 1.0) -> np
     (None: unknown); a file that declares another is refused. Raises FileNotFoundError for a missing file. Axes of
     length 1 are dropped.
     """
-    plane = _read(path, quantity, scale)
+    plane = _read(Path(path), quantity, scale)
     if plane.dtype.kind == "b":
         raise BadMapError("holds only true and false: a mask, not a map")
     return plane

@@ -168,6 +168,8 @@ def decode(data: bytes) -> Tensor:
     hidden colours). Of a file with several pictures the first whole one is read, not a thumbnail. Memory per pixel: 4
     bytes in the decoder and 3 for the result, doubled where it is rotated.
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(f"an encoded image is bytes, not {type(data).__name__}: of a file, Path(...).read_bytes()")
     with _opened(data) as (image, profile, deep):
         if isinstance(image, TiffImageFile) and _misread(image):
             return torch.from_numpy(_by_opencv(image, data)).permute(2, 0, 1)

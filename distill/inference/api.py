@@ -176,7 +176,8 @@ class Model:
         has_camera = fov is not None or intrinsics is not None
         focal_option = {"focal": solid.camera(fov, intrinsics, *tensor.shape[-2:]).focal} if has_camera else {}
         depth = self.estimator.predict(tensor, **focal_option)
-        photo = tensor if tensor.dtype == torch.uint8 else (tensor.clamp(0, 1) * 255).round().to(torch.uint8)
+        # A copy, because the caller may read the next frame into the same array.
+        photo = tensor.clone() if tensor.dtype == torch.uint8 else (tensor.clamp(0, 1) * 255).round().to(torch.uint8)
         return Depth(depth.values[0].cpu(), depth.valid[0].cpu(), depth.kind, photo, str(self.card.licence))
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.core.shapes import check_maps
 from distill.losses.losses import gradient_loss
 
 COARSEST = 10
@@ -106,6 +107,7 @@ def latent_distance(pred: Tensor, target: Tensor, valid: Tensor, *, squared: boo
 
     pred, target: (B,C,h,w); valid: (B,h,w).
     """
+    check_maps(pred=pred, target=target, any_rank=True)
     difference = torch.where(valid[:, None], pred.float() - target.float(), 0.0)
     each = difference.square() if squared else difference.abs()
     return each.mean(1).sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
@@ -125,6 +127,7 @@ def aligned_l1(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     pred, target: (B,H,W) in [-1, 1], which are shifted to [1, 3] first. The gradient flows through the fit too, as
     there. Where the fitted scale is not positive, the ratio of medians replaces it, with shift 0.
     """
+    check_maps(pred=pred, target=target, valid=valid)
     mask = valid & torch.isfinite(target)
     weight = mask.float()
     p = torch.where(mask, pred.float() + TO_POSITIVE, 0.0)

@@ -1,6 +1,8 @@
 """Losses: one value per image, shape (B,), in float32 or better. Only the objective averages.
 
 A pixel outside `valid` never counts, whatever its value (NaN included); an image without usable pixels gives 0.
+The gradient flows to the prediction alone, once, not under torch.func. ValueError for maps of other or different shapes
+and a `valid` that is not bool.
 Shapes: B batch, C channels, H height, W width.
 """
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.core.plugins import find
+from distill.core.shapes import check_maps
 from distill.losses import fused
 from distill.losses.normalize import Comparison
 from distill.losses.normalize._hdn import hdn
@@ -32,6 +35,9 @@ def compare(
     contexts: str = "dr",
 ) -> Comparison:
     """`distillation_loss`, and the numbers of contexts with and without information."""
+    check_maps(pred=pred, target=target, valid=valid, weight=weight)
+    if not 0.0 <= trim_top < 1.0:
+        raise ValueError(f"trim_top must be in [0, 1), not {trim_top}")
     plugin = find("distill.losses.normalize", normalization)
     if not reference_hdn or not plugin.LEVELS:
         if contexts != "dr":
@@ -78,16 +84,9 @@ def distillation_loss(
     contexts are equal parts of the label's range.
     """
     return compare(
-        pred,
-        target,
-        valid,
-        normalization,
-        trim_top=trim_top,
-        label_only=label_only,
-        weight=weight,
-        reference_hdn=reference_hdn,
-        contexts=contexts,
-    ).loss
+        pred, target, valid, normalization, trim_top=trim_top, label_only=label_only, weight=weight,
+        reference_hdn=reference_hdn, contexts=contexts,
+    ).loss  # fmt: skip
 
 
 def hdn_loss(
@@ -101,12 +100,15 @@ def hdn_loss(
     The oddities that it keeps are listed in distill/losses/normalize/_hdn.py. The mean is over the whole batch, so
     images are not independent of each other. A batch without valid pixels gives 0 (NaN in the released code).
     """
+    check_maps(pred=pred, target=target, valid=valid)
     levels = tuple(2**k for k in range(level))
     return hdn(pred, target, valid, levels[-1:] if finest_only else levels, contexts=contexts)
 
 
 def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Median and mean absolute deviation from it over valid pixels, (B,) each; (0, 0) where nothing is valid."""
+    check_maps(values=values, valid=valid)
+    values = values if values.dtype == torch.float64 else values.float()
     result = fused.median_and_mean_abs_dev(values, valid, _median_and_mean_abs_dev)
     return _median_and_mean_abs_dev(values, valid) if result is None else result
 
@@ -114,7 +116,8 @@ def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tens
 def _median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     # Row by row: torch's quickselect over a whole tensor is ten times faster than along a dimension.
     filled = torch.where(valid, values, torch.nan).flatten(1)
-    median = torch.nan_to_num(torch.stack([row.nanmedian() for row in filled.unbind()]))
+    rows = (row.nanmedian()[None] for row in filled.unbind())
+    median = torch.nan_to_num(torch.cat([filled.new_zeros(0), *rows]))
     spread = torch.where(valid, (values - median[:, None, None]).abs(), 0.0).sum((-2, -1))
     return median, spread / valid.sum((-2, -1)).clamp(min=1)
 
@@ -128,7 +131,7 @@ def _clean(values: Tensor, usable: Tensor) -> Tensor:
 def _globally_normalized_difference(pred: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """N_glo(pred) - N_glo(target), zero outside the returned mask, which is empty for a flat label."""
     usable = valid & torch.isfinite(target)
-    clean_pred, clean_target = _clean(pred, usable), _clean(target, usable)
+    clean_pred, clean_target = _clean(pred, usable), _clean(target.detach(), usable)
     pred_median, pred_scale = _median_and_mean_abs_dev(clean_pred, usable)
     label_median, label_scale = _median_and_mean_abs_dev(clean_target, usable)
     informative = label_scale > 1e-6 * clean_target.abs().amax((-2, -1))
@@ -143,6 +146,7 @@ def squared_loss(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | N
 
     weight: (B,H,W) not negative, each pixel's weight; None: all equal. Flat labels give 0. Ours.
     """
+    check_maps(pred=pred, target=target, valid=valid, weight=weight)
     difference, usable = _globally_normalized_difference(pred, target, valid)
     each = usable.to(difference.dtype) if weight is None else torch.where(usable, weight.to(difference.dtype), 0.0)
     total = each.sum((-2, -1))
@@ -159,6 +163,7 @@ def gradient_loss(
     difference, for a student trained without normalization. whole_image: `Comparison.whole_image` of the same maps,
     which avoids computing their statistics again, or None.
     """
+    check_maps(pred=pred, target=target, valid=valid)
     work = pred if pred.dtype == torch.float64 else pred.float()
     options = (scales, normalize)
     result = fused.gradient_loss(work, target, valid, *options, whole_image=whole_image, reference=_gradient_loss)
@@ -170,7 +175,7 @@ def _gradient_loss(pred: Tensor, target: Tensor, valid: Tensor, scales: int, nor
         difference, usable = _globally_normalized_difference(pred, target, valid)
     else:
         usable = valid & torch.isfinite(target)
-        difference = _clean(pred, usable) - _clean(target, usable)
+        difference = _clean(pred, usable) - _clean(target.detach(), usable)
     total = difference.new_zeros(len(difference))
     for scale in range(scales):
         step = 2**scale
@@ -199,8 +204,9 @@ def anchor_loss(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     A scale-invariant loss has a gradient orthogonal to the prediction, so each step can only increase the output's
     norm. This small term keeps its magnitude near the label's. Flat labels give 0.
     """
+    check_maps(pred=pred, target=target, valid=valid)
     usable = valid & torch.isfinite(target)
-    clean_target = _clean(target, usable)
+    clean_target = _clean(target.detach(), usable)
     _, spread = median_and_mean_abs_dev(_clean(pred, usable), usable)
     _, label = median_and_mean_abs_dev(clean_target, usable)
     informative = label > 1e-6 * clean_target.abs().amax((-2, -1))

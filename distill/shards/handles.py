@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from distill.core import machine
+
+
+class _OpenFile:
+    """A file that is closed when nobody reads from it any more; without the ResourceWarning of Python's own files."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        # At the end of the process another thread may still be reading; the system closes it then.
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._descriptor
 
 
 class OpenTars:
@@ -18,7 +32,7 @@ class OpenTars:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: OrderedDict[str, IO[bytes]] = OrderedDict()
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -31,6 +45,6 @@ class OpenTars:
                 # Dropped rather than closed: another thread may be reading from it.
                 with contextlib.suppress(KeyError):
                     self._open.popitem(last=False)  # in one step: another thread may be opening one
-            file = self._open[name] = (self.folder / name).open("rb", buffering=0)
+            file = self._open[name] = _OpenFile(self.folder / name)
         # pread does not move the file's position, so forked workers may share the handle.
         return os.pread(file.fileno(), size, start)

@@ -231,6 +231,9 @@ class LabelDataset(Dataset[Sample]):
         self.folder, self.cache = Path(folder), cache
         self.manifest = read_manifest(folder)
         require_photographs(self.folder)
+        for option, names in (("teachers", teachers), ("keys", keys)):
+            if isinstance(names, str):  # a collection too, of letters
+                raise TypeError(f"{option} must be a list of names, not one name: [{names!r}]")
         stored_teachers = list(self.manifest["teachers"])
         self.teachers = stored_teachers if teachers is None else list(teachers)
         for name in self.teachers:
@@ -278,6 +281,9 @@ class LabelDataset(Dataset[Sample]):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
+        if not hasattr(index, "__index__"):
+            hint = "torch.utils.data.Subset(labels, range(2, 5)) is a part of the samples"
+            raise TypeError(f"a sample's index must be a whole number, not {type(index).__name__}: {hint}")
         return self.get(index, self.teachers_of(index))
 
     stores_codes = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -258,3 +259,9 @@ def test_no_damage_raises_anything_but_bad_image(form):
         except BadImageError as error:
             assert "\n" not in str(error)
     assert read < 60
+
+
+@pytest.mark.parametrize("given", ["a.png", Path("a.png"), io.BytesIO(), None], ids=lambda given: type(given).__name__)
+def test_what_is_no_bytes_is_told(given):
+    with pytest.raises(TypeError, match=r"an encoded image is bytes, not \w+: of a file, Path"):
+        decode(given)

@@ -328,3 +328,15 @@ def test_a_fit_that_has_positive_pixels_is_not_said_to_have_none():
     assert not any("nothing to fit" in note for note in notes)
     notes = measure(pred - np.float32(9), truth(), Kind.AFFINE_DISPARITY, MARIGOLD).notes
     assert any("nothing to fit" in note for note in notes)
+
+
+def test_a_prediction_of_another_size_is_not_compared_at_wrong_pixels():
+    pred = noisy(0)
+    for wrong in (pred[: SIZE[0] // 2], pred.T, pred[None], np.pad(pred, 4)):
+        with pytest.raises(ValueError, match=r"must have one size, not .*: resize it first"):
+            measure(wrong, truth(), Kind.METRIC_DEPTH, CLEAN.with_kind("metric_depth"))
+        with pytest.raises(ValueError, match="must have one size"):
+            aligned_depth(wrong, truth(), Kind.METRIC_DEPTH, CLEAN)
+    half = pred.astype(np.float16)
+    found, expected = (numbers(p, truth(), "metric_depth", CLEAN) for p in (half, half.astype(np.float32)))
+    assert found == expected

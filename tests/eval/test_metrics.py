@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distill.core.depth import DepthMap, Kind
+from distill.eval.boundary import boundary_f1
 from distill.eval.fit import measure
 from distill.eval.metrics import METRICS, all_metrics, block_sums, from_sums, sums
 from distill.eval.protocol import Protocol
@@ -186,3 +187,23 @@ def test_the_units_are_those_of_metres():
         "rmse": "m",
         "i_rmse": "1/m",
     }
+
+
+def test_half_precision_counts_all_its_pixels():
+    """In float16 the number of pixels, and the sums over them, would be infinite: a delta1 of 0."""
+    target = torch.arange(90000.0).remainder(7).reshape(1, 300, 300) + 1
+    pred, valid = target.flip(2), target > 0
+    expected = all_metrics(pred, target, valid)
+    assert all(
+        torch.equal(value, expected[name]) for name, value in all_metrics(pred.half(), target.half(), valid).items()
+    )
+
+
+@pytest.mark.parametrize("measured", [sums, boundary_f1])
+def test_maps_of_different_shapes_are_not_compared(measured):
+    pred, target = torch.rand(2, 3, 5, 6) + 1
+    valid = target > 0
+    wrong = [(pred, target.mT, valid), (pred[:, None], target, valid), (pred[:1], target, valid)]
+    for maps in [*wrong, (pred, target, valid.long())]:
+        with pytest.raises(ValueError, match="of one shape|valid must be bool"):
+            measured(*maps)

@@ -309,3 +309,12 @@ def test_a_panorama_is_thinned_alike_on_both_sides_where_a_jpeg_could_not_hold_i
     wide = np.broadcast_to(np.uint8(0), (8, 131_001, 3))
     assert within_jpeg(wide).shape == (3, 43_667, 3)
     assert within_jpeg(wide[:, :65_500]).shape == (8, 65_500, 3)
+
+
+def test_a_picture_that_the_caller_overwrites_stays_in_its_map():
+    frame = RGB.copy()
+    for shown in (frame, torch.from_numpy(frame).permute(2, 0, 1)):
+        frame[:] = RGB
+        depth = Model(Red())(shown)
+        frame[:] = 0
+        assert (depth.photo.permute(1, 2, 0).numpy() == RGB).all()

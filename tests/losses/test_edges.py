@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
 
-from distill.losses.losses import anchor_loss, compare, distillation_loss, gradient_loss, squared_loss
+from distill.losses.latent import aligned_l1
+from distill.losses.losses import (
+    anchor_loss,
+    compare,
+    distillation_loss,
+    gradient_loss,
+    hdn_loss,
+    median_and_mean_abs_dev,
+    squared_loss,
+)
 from distill.losses.normalize import _contexts
 
 G = torch.Generator().manual_seed(0)
@@ -89,3 +101,53 @@ def test_images_that_threads_share_keep_their_places(monkeypatch):
     monkeypatch.setattr(_contexts, "_WORTH_THREADS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert torch.equal(distillation_loss(pred, target, everywhere(pred), "hybrid"), alone)
+
+
+LOSSES = {
+    **{name: partial(distillation_loss, normalization=name) for name in ("global", "hybrid", "local", "none")},
+    "hdn": hdn_loss,
+    "gradient": gradient_loss,
+    "raw gradient": partial(gradient_loss, normalize=False),
+    "squared": squared_loss,
+    "anchor": anchor_loss,
+    "aligned": aligned_l1,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_maps_that_would_be_broadcast_or_compared_at_wrong_pixels_are_refused(name):
+    """(B,1,H,W) gave the right loss and B times the gradient; (B,1,H,W) beside (B,H,W) every pair of images."""
+    pred, target = torch.rand(2, 3, 6, 8, generator=G)
+    valid, loss = everywhere(target), LOSSES[name]
+    for wrong in [
+        (pred[:, None], target[:, None], valid[:, None]),
+        (pred[:, None], target, valid),
+        (pred, target[:, :3], valid[:, :3]),
+        (pred[:1], target, valid),
+        (pred, target, valid.to(torch.uint8)),
+    ]:
+        with pytest.raises(ValueError, match=r"of one shape|valid must be bool"):
+            loss(*wrong)
+    assert loss(pred[:0], target[:0], valid[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "aligned"])
+def test_no_label_has_a_gradient(name):
+    pred, target = torch.rand(2, 1, 6, 6, generator=G)
+    assert not LOSSES[name](pred, target.requires_grad_(), everywhere(target)).requires_grad
+    LOSSES[name](pred.requires_grad_(), target, everywhere(target)).sum().backward()
+    assert target.grad is None and pred.grad is not None
+
+
+def test_a_share_to_trim_is_no_percentage():
+    pred, target = torch.rand(2, 1, 6, 6, generator=G)
+    for wrong in (-0.1, 1.0, 10):
+        with pytest.raises(ValueError, match=r"trim_top must be in \[0, 1\), not"):
+            distillation_loss(pred, target, everywhere(target), "hybrid", trim_top=wrong)
+
+
+def test_the_deviation_of_a_large_half_precision_map_does_not_overflow():
+    values = torch.arange(40000.0).remainder(9).reshape(1, 200, 200)
+    expected = median_and_mean_abs_dev(values, everywhere(values))
+    found = median_and_mean_abs_dev(values.half(), everywhere(values))
+    assert [x.dtype for x in found] == [torch.float32] * 2 and [x.item() for x in found] == [x.item() for x in expected]

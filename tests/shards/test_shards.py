@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
 import tarfile
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -195,3 +197,26 @@ def test_few_tars_stay_open_and_one_that_is_dropped_can_be_read_to_its_end(tmp_p
     monkeypatch.setattr(machine, "open_files", lambda: None)
     assert [tars.read(f"{number}.tar", 0, 1)[0] for number in range(66)] == [*range(66)] and len(tars._open) == 64
     assert pickle.loads(pickle.dumps(tars)).read("3.tar", 0, 1) == b"\3"
+
+
+def test_one_name_is_no_list_of_letters_and_a_slice_no_index(folder):
+    for option in ({"teachers": "one"}, {"keys": "sa_1"}):
+        with pytest.raises(TypeError, match="must be a list of names, not one name"):
+            LabelDataset(folder, **option)
+    dataset = LabelDataset(folder, keys=["sa_1"])
+    for index in (slice(0, 1), [0], "sa_1-0"):
+        with pytest.raises(TypeError, match=r"whole number, not (slice|list|str): torch.utils.data.Subset"):
+            dataset[index]
+
+
+def test_a_dataset_closes_its_files_without_a_warning(folder):
+    dataset = LabelDataset(folder)
+    assert dataset[torch.tensor(1)].key == dataset.keys[1]
+    (descriptor,) = (file.fileno() for file in dataset._open_tars._open.values())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        del dataset
+        gc.collect()
+    assert not [w for w in caught if folder.name in str(w.message)]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

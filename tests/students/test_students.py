@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
 from distill import students
+from distill.students import checkpoint
 from tests.students.tiny import tiny
+
+IMAGES = torch.rand(1, 3, 40, 30, generator=torch.Generator().manual_seed(1))
 
 
 def test_options_of_the_wrong_kind_are_named():
@@ -51,3 +56,38 @@ def test_bad_images_are_refused():
     for images in (torch.rand(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.rand(3, 32, 32)):
         with pytest.raises(ValueError, match=r"images must be \(B,3,H,W\) float in \[0,1\]"):
             student(images)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel], ids=["compiled", "parallel"])
+def test_a_wrapped_student_is_saved_as_itself(tmp_path, wrap):
+    student = tiny("sdt").eval()
+    saved = checkpoint.save(wrap(student), tmp_path / "s")
+    for key, value in checkpoint.load(saved).state_dict().items():
+        assert torch.equal(value, student.state_dict()[key])
+
+
+def test_a_compiled_decoder_is_saved_as_itself(tmp_path):
+    student = tiny("sdt").eval()
+    expected = student(IMAGES)
+    student.decoder = torch.compile(student.decoder)
+    assert torch.equal(checkpoint.load(checkpoint.save(student, tmp_path / "s"))(IMAGES), expected)
+
+
+def test_a_student_with_another_decoder_is_saved_with_that(tmp_path):
+    student = tiny("dpt").eval()
+    student.decoder = tiny("sdt").decoder.eval()
+    assert student.spec["decoder"] == "sdt"
+    assert torch.equal(checkpoint.load(checkpoint.save(student, tmp_path / "s"))(IMAGES), student(IMAGES))
+
+
+def test_what_could_not_be_built_again_is_not_saved(tmp_path):
+    class Own(torch.nn.Module):
+        options: ClassVar = {}
+
+    student = tiny("dpt")
+    student.decoder = Own()
+    with pytest.raises(ValueError, match=r"decoder is .*Own, not dpt: set its decoder_name"):
+        checkpoint.save(student, tmp_path / "s")
+    with pytest.raises(TypeError, match="a student is a distill.students.Student, not Own"):
+        checkpoint.save(Own(), tmp_path / "s")
+    assert not (tmp_path / "s").exists()

@@ -86,4 +86,4 @@ def hdn(pred: Tensor, target: Tensor, valid: Tensor, levels: tuple[int, ...], *,
     pred, target = pred.to(work), target.detach().to(work)
     valid = valid & torch.isfinite(target)
     sums = [_pixel_losses(p, t, v, levels, contexts).sum() for p, t, v in zip(pred, target, valid, strict=True)]
-    return torch.stack(sums) * (len(pred) / valid.sum().clamp(min=1).to(work))
+    return (torch.stack(sums) if sums else pred.new_zeros(0)) * (len(pred) / valid.sum().clamp(min=1).to(work))
