@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -164,6 +165,7 @@ def build(
         raise ValueError(
             f"canonical_focal must be a positive number of pixels, with max_depth, not {canonical_focal!r}"
         )
+    decoder = os.fspath(decoder)
     plugin = find("distill.students.decoders", decoder).Decoder
     encoder_part = _construct(partial(Encoder, encoder), "encoder_options", dict(encoder_options or {}))
     decoder_defaults = {"in_channels": [encoder_part.channels] * 4, "patch_size": encoder_part.patch_size}

@@ -70,13 +70,13 @@ def names(package: str) -> list[str]:
 _ours: dict[tuple[str, str], ModuleType] = {}
 
 
-def find(package: str, name: str) -> ModuleType:
+def find(package: str, name: str | os.PathLike[str]) -> ModuleType:
     """Return the module of plug-in `name`, which may be the path of a file.
 
     Raises LookupError that lists what exists, with a "did you mean"; PluginError for an external one that cannot be
     imported. A built-in one with a missing dependency raises that ModuleNotFoundError.
     """
-    if ours := _ours.get((package, name)):
+    if ours := _ours.get((package, name := os.fspath(name))):
         return ours
     fault = name_fault(package, name)
     if fault:

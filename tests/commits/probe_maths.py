@@ -163,7 +163,7 @@ def _plan(plan: Callable[..., Any], height: int, width: int, given: dict[str, An
 def _crops(record: Record) -> None:
     crops = part("crops")
     plans, sampled = [], {}
-    image = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 900, 1300), dtype=np.uint8))
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 1000, 1300), dtype=np.uint8))
     for number in range(400):
         height, width = 700 + 37 * (number % 9), 650 + 53 * (number % 13)
         patches = ("grid", "random", "none")[number % 3]

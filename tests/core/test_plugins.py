@@ -182,3 +182,9 @@ def test_help_reads_no_entry_points(monkeypatch):
 
     monkeypatch.setattr("importlib.metadata.entry_points", never)
     assert "show" in names("distill.app.verbs") and find("distill.app.verbs", "show")
+
+
+def test_the_path_of_a_file_may_be_a_path(folder):
+    path = folder / "own_decoder.py"
+    path.write_text("class Decoder: pass\n")
+    assert plugins.find("distill.students.decoders", path) is plugins.find("distill.students.decoders", str(path))
