@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind, cat
+from distill.core.labels import Labels
 from distill.data.maps import find_map, read_map, stored_stems
 from distill.shards.shards import MANIFEST, LabelDataset
 from distill.teachers import Card, WeightsMissingError, check_images, finite, read_config
@@ -37,6 +39,8 @@ CARDS: tuple[Card, ...] = (
     ),
 )
 SETTINGS = "settings.json"
+REMEMBERED = 16
+"""Samples of label shards that stay decoded: their maps are asked for one by one, and each would decode them all."""
 
 
 class MissingMapError(LookupError):
@@ -131,11 +135,15 @@ def _from_shards(folder: Path, teacher: str | None) -> Teacher:
     dataset = LabelDataset(folder, teachers=[name])
     rows = {key: row for row, key in enumerate(dataset.keys)}
 
+    @lru_cache(maxsize=REMEMBERED)
+    def labels_at(row: int) -> Labels:
+        return dataset[row].labels[name]
+
     def find(key: str) -> DepthMap:
         sample, _, part = key.partition(".")
         if sample not in rows:
             raise MissingMapError(f"{folder} has no labels for {sample}")
-        labels = dataset[rows[sample]].labels[name]
+        labels = labels_at(rows[sample])
         if part in ("", "shared"):
             return labels.shared
         number = part.removeprefix("local")

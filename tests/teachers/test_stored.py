@@ -88,6 +88,22 @@ class TestStored:
                 teacher.predict(torch.rand(1, 3, PATCH, PATCH), keys=[key])
 
 
+def test_a_sample_of_shards_is_decoded_once_for_all_its_maps(tmp_path, monkeypatch):
+    from tests.shards.samples import PATCH, make_sample, write
+
+    teacher = stored.Teacher.load(str(write(tmp_path / "labels", [make_sample("sa_1")])), teacher="two")
+    decoded, plain = [], stored.LabelDataset.__getitem__
+
+    def spy(self, row):
+        decoded.append(row)
+        return plain(self, row)
+
+    monkeypatch.setattr(stored.LabelDataset, "__getitem__", spy)
+    for number in range(3):
+        teacher.predict(torch.rand(1, 3, PATCH, PATCH), keys=[f"sa_1-0.local{number}"])
+    assert decoded == [0]
+
+
 def test_a_kind_that_settings_do_not_know_names_its_file(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({"kind": "depth"}))
     with pytest.raises(ValueError, match=r"settings.json: kind = 'depth' is not one of metric_depth"):
