@@ -253,9 +253,13 @@ def _about_labelling(
         return
     max_processes = min(images.parts, PROCESSES[-1])
     work = f"{counted(total, 'sample')} of {counted(maps, 'map')}"
+    made = len([*build.labels_folder(recipe).glob("*.tar")])
+    missing = max(0.0, 1 - made / max(1, images.parts))
+    if made:
+        yield Finding("ok", f"{counted(made, 'label tar')} are there already; hours and disk below are for the rest")
     yield _time(
-        f"labelling {images.most} {work} at {1 / seconds:.2f} samples/s: ",
-        total * seconds,
+        f"labelling {f'{missing:.0%} of ' if made else ''}{images.most} {work} at {1 / seconds:.2f} samples/s: ",
+        missing * total * seconds,
         device,
         max_processes,
         "more processes or cards, a smaller teacher, fewer crops.crops_per_image or images.limit",
@@ -264,7 +268,10 @@ def _about_labelling(
         cpu_seconds = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
         yield scaling.finding("labelling", seconds, cpu_seconds, scaling.cores(), recipe.labels.codec)
     yield _disk(
-        "labels", build.labels_folder(recipe), total * sample_bytes * SPARE, f"{sample_bytes / 1e6:.2f} MB per sample"
+        "labels",
+        build.labels_folder(recipe),
+        missing * total * sample_bytes * SPARE,
+        f"{sample_bytes / 1e6:.2f} MB per sample",
     )
     if limit := recipe.labels.cache_gb * 1e9:
         traffic = Traffic(tars=images.parts, samples=total, size=float(total * sample_bytes), limit=limit)

@@ -380,3 +380,15 @@ def test_a_recipe_that_only_scores_is_asked_for_teachers_and_data_and_for_no_ima
     told = " ".join(capsys.readouterr().out.split())
     assert "scenes: 64 of the 64 images" in told and "mine: nowhere: no such file or folder" in told
     assert "[[images]]" not in told and "student" not in told.replace("its students", "")
+
+
+def test_what_is_labelled_already_needs_no_hours_and_no_disk(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_label_one", lambda *given, plain=preflight._label_one: (plain(*given)[0], 3600.0))
+    monkeypatch.setattr(preflight, "_step", lambda *_: 1.0)
+    (tmp_path / "made").mkdir()
+    for number in range(3):
+        (tmp_path / "made" / f"sa_0-{number:03d}.tar").touch()
+    monkeypatch.setattr(preflight.build, "labels_folder", lambda recipe: tmp_path / "made")
+    said = check("labels.samples_per_part=2")
+    assert "3 label tars are there already" in said["ok"]
+    assert "labelling 25% of at most 7 samples of 1 map at 0.00 samples/s: 1.75 CPU-hours" in said["ok"]
