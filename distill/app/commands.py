@@ -82,11 +82,19 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, 
 
 
 def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOutcome:
+    shared = _is_shared(recipe, worker=worker)
     job = _prepare(recipe, folder, worker=worker)
-    with progress("label") as report:
+    if shared:
+        note("progress is this worker's own; distill status RECIPE shows all workers and the time left")
+    with progress("label, this worker" if shared else "label", eta=not shared) as report:
         outcome: LabelOutcome = job(report=report)
     print_label_outcome(recipe, folder, outcome, send=send)
     return outcome
+
+
+def _is_shared(recipe: Recipe, *, worker: bool) -> bool:
+    """Whether this process labels as one of several workers."""
+    return worker or build.process()[1] > 1 or bool(recipe.labels.meeting)
 
 
 def label_by_parts(recipe: Recipe) -> Iterator[MadePart]:
@@ -112,7 +120,7 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
         _note_other_labels(recipe, folder, images, teachers)
     size, labeller = recipe.crops.size, cast(Callable[..., Any], label)
     measure = partial(tune, folder, teachers, recipe.labels, size=size, device=device, references=references)
-    if worker or build.process()[1] > 1 or recipe.labels.meeting:
+    if _is_shared(recipe, worker=worker):
         meeting = worker_meeting(recipe, folder)
         labels, measured = in_turn(meeting, folder / TUNED, measure)
         labeller = partial(work_by_parts if steps else work, meeting=meeting)
@@ -158,7 +166,7 @@ def print_label_outcome(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, 
     """Prints the outcome of labelling; send: upload to the mirror too, if the recipe names one."""
     if recipe.labels.meeting or not outcome.last:
         place = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
-        state = "complete" if outcome.complete else "all parts are done; another worker is writing the manifest"
+        state = "complete" if outcome.complete else "other workers are making the last parts or the manifest"
         say(f"{place}: {state}; {counted(outcome.parts, 'part')} made here")
     elif outcome.complete:
         manifest = shards.read_manifest(folder)

@@ -169,13 +169,13 @@ def _word(name: str, value: float) -> str:
     return f"{label} {value:,.0f}" if abs(value) >= 1000 else f"{label} {value:{digits}}"
 
 
-def _bar() -> Progress:
+def _bar(*, eta: bool = True) -> Progress:
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
+        *([TimeRemainingColumn(compact=True)] if eta else []),
         TextColumn("[dim]{task.fields[numbers]}[/dim]"),
         console=_err,
         refresh_per_second=4,
@@ -186,8 +186,8 @@ def _bar() -> Progress:
 class _Lines:
     """Progress without a terminal: a line every EVERY_S seconds, and one at the end."""
 
-    def __init__(self, what: str) -> None:
-        self._title = what
+    def __init__(self, what: str, *, eta: bool = True) -> None:
+        self._title, self._eta = what, eta
         self._began = self._last_line_at = time.monotonic()
         self._first_done: int | None = None
         self._last_report: tuple[int, int, dict[str, float]] | None = None
@@ -218,7 +218,7 @@ class _Lines:
         if since <= 0 or seconds <= 0:
             return {}
         pace = {"items_per_s": since / seconds}
-        return pace | ({"eta_s": (total - done) * seconds / since} if total > done else {})
+        return pace | ({"eta_s": (total - done) * seconds / since} if self._eta and total > done else {})
 
     def close(self) -> None:
         """Writes the last line, without a rate, which the work's own numbers include."""
@@ -233,14 +233,17 @@ def _without_eta(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Report]:
-    """A progress bar with remaining time and the work's numbers; without a terminal, a line every EVERY_S seconds."""
+def progress(what: str, *, eta: bool = True) -> Iterator[Report]:
+    """A progress bar with remaining time and the work's numbers; without a terminal, a line every EVERY_S seconds.
+
+    eta: False where others share the work, whose pace this process does not know.
+    """
     if _json or not _err.is_terminal:
-        lines = _Lines(what)
+        lines = _Lines(what, eta=eta)
         yield lines
         lines.close()
         return
-    with _bar() as bar:
+    with _bar(eta=eta) as bar:
         task = bar.add_task(escape(what), total=None, numbers="")
 
         def report(done: int, total: int, **numbers: float) -> None:

@@ -8,6 +8,8 @@ from distill.app.console import note, say, table
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core.wording import counted
+from distill.labelling.board import changed_since
+from distill.labelling.meeting import SPENT
 from distill.labelling.run_status import RunStatus, run_status
 
 SHOWN = 20
@@ -18,15 +20,16 @@ def show(recipe: Recipe) -> int:
     """Prints how far the recipe's labels are; returns 0 if they are complete, else 1."""
     folder = build.labels_folder(recipe)
     try:
-        stems = [shard.stem for shard in input_shards(recipe)]
+        images = input_shards(recipe)
     except OSError as error:  # such as on a laptop that can read the labels but not the images
-        note(f"{error}; only images in tars that a worker has scanned are counted")
-        stems = []
+        note(f"{error}; only images of finished parts, or in tars that a worker has scanned, are counted")
+        images = []
     if not folder.is_dir() and not recipe.labels.meeting:
         say(f"{folder}: not started; distill label writes it")
         return 1
     folder.mkdir(parents=True, exist_ok=True)
-    status = run_status(worker_meeting(recipe, folder), folder, stems)
+    meeting = worker_meeting(recipe, folder)
+    status = run_status(meeting, folder, [shard.stem for shard in images])
     address = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else str(folder)
     say(f"{address}: {sentence(status)}")
     order = ("running", "waiting", "lost", "gone", "ended")
@@ -55,6 +58,12 @@ def show(recipe: Recipe) -> int:
         note(f"  {part}: {count} workers were killed while labelling it, and it is still missing: see their logs")
     for holder in status.lost:
         note(f"  lost: {holder.name}, held by process {holder.pid} on {holder.host}, silent for {_time(holder.age)}")
+    # A run without workers leaves no note of its images: nothing is known then.
+    if status.complete and meeting.note(SPENT).get("inputs") and (changed := changed_since(meeting, images)):
+        note(
+            f"  {changed[0].origin}{f' and {len(changed) - 1} more' if changed[1:] else ''}: not as when it was "
+            "labelled (images, size or time); distill label compares it and labels what is new"
+        )
     return 0 if status.complete else 1
 
 

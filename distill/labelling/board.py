@@ -13,7 +13,7 @@ from distill.data.scans import scan_from, scan_table
 from distill.data.sources import InputShard, Scan
 from distill.data.storage import is_url
 from distill.labelling.jobs import Teachers
-from distill.labelling.meeting import Meeting
+from distill.labelling.meeting import SPENT, Meeting
 from distill.labelling.parts import Part, Tell, is_done, parts_of
 from distill.shards.shards import hash_keys
 
@@ -48,6 +48,12 @@ class Board:
         self.tell = tell
         self.places: dict[str, Place] = {}
         self._scanned: dict[int, list[Part]] = {}
+        self._counts: dict[int, int] = {}
+
+    @property
+    def num_images(self) -> int:
+        """The images of all shards; a shard that this worker did not look at yet counts as the mean of the others."""
+        return round(sum(self._counts.values()) * len(self.shards) / max(1, len(self._counts)))
 
     def part(self, place: Place) -> Part:
         """The part itself; scans its shard."""
@@ -64,7 +70,7 @@ class Board:
         """A tar with the scan from its note; without a note it is scanned and the note is written."""
         if not one.is_tar:
             return one
-        key, now = f"scan-{one.stem}", self._fingerprint(shard)
+        key, now = f"scan-{one.stem}", fingerprint(one)
         note = self.meeting.note(key)
         scan: Scan | None = None
         if note.get("input") == now:
@@ -79,7 +85,7 @@ class Board:
     def look(self, shard: int) -> list[Place]:
         """The parts of a shard. The first worker to look also checks its finished parts with `parts.is_done`."""
         input_shard = self.shards[shard]
-        key, now = f"plan-{input_shard.stem}", self._fingerprint(shard)
+        key, now = f"plan-{input_shard.stem}", fingerprint(input_shard)
         note = self.meeting.note(key)
         counts = note.get("images") if note.get("input") == now else None
         if not isinstance(counts, list):
@@ -92,6 +98,7 @@ class Board:
                     if check():
                         withdraw(self.meeting, part.name, check)
             self.meeting.write_note(key, {"input": now, "images": counts, "stem": input_shard.stem})
+        self._counts[shard] = sum(counts)
         places = [Place(shard, i, count, part_name(input_shard.stem, i)) for i, count in enumerate(counts)]
         self.places.update((place.name, place) for place in places)
         return places
@@ -99,18 +106,6 @@ class Board:
     def _is_stale(self, part: Part) -> bool:
         self.meeting.download(f"{Path(part.name).stem}.json")
         return not is_done(self.out, part, self.teachers, manifest={}, tell=self.tell, whole=self.meeting.whole)
-
-    def _fingerprint(self, shard: int) -> list[Any]:
-        input_shard = self.shards[shard]
-        if not input_shard.is_tar:
-            return [hash_keys([entry.key for entry in input_shard.scan().entries])]  # known without reading the disk
-        if is_url(input_shard.origin):
-            return [input_shard.origin]
-        try:
-            status = Path(input_shard.origin).stat()
-        except OSError:
-            return [input_shard.origin, 0]
-        return [status.st_size, status.st_mtime_ns]
 
     def walk(self, start: int) -> Iterator[Place]:
         """Every part, full ones first and then by size, from shard `start` on: workers start at different shards."""
@@ -124,6 +119,26 @@ class Board:
                 else:
                     yield place
         yield from sorted(short, key=lambda place: -place.images)
+
+
+def fingerprint(shard: InputShard) -> list[Any]:
+    """What changes when a shard's images do, without a scan: a tar's size and time, or the names in a folder."""
+    if not shard.is_tar:
+        return [hash_keys([entry.key for entry in shard.scan().entries])]  # known without reading the disk
+    if is_url(shard.origin):
+        return [shard.origin]
+    try:
+        status = Path(shard.origin).stat()
+    except OSError:
+        return [shard.origin, 0]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def changed_since(meeting: Meeting, shards: Sequence[InputShard]) -> list[InputShard]:
+    """The shards that are not known to be as workers labelled them: they must be scanned to tell."""
+    labelled = meeting.note(SPENT).get("inputs")
+    inputs = labelled if isinstance(labelled, dict) else {}
+    return [shard for shard in shards if inputs.get(shard.stem) != fingerprint(shard)]
 
 
 def withdraw(meeting: Meeting, name: str, still: Callable[[], bool]) -> None:

@@ -72,12 +72,14 @@ class RunStatus:
 
 
 def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
-    """The status of the run at `meeting`. stems: of its input shards, as far as known; the notes have the others.
+    """The status of the run at `meeting`. stems: of its input shards; where they are not known,
+    those of the finished parts and of the notes count.
 
     Raises OSError where the meeting place cannot be reached.
     """
     written_files = meeting.finished()
     plans = {note["stem"]: note["images"] for note in meeting.notes("plan-").values() if "stem" in note}
+    stems = stems or [name.removesuffix("-000.json") for name in written_files if name.endswith("-000.json")]
     for stem in {*stems} - {*plans}:
         if f"{stem}-000.json" in written_files:  # made by a run without workers, which writes no notes
             first = _json(meeting, out, f"{stem}-000.json")

@@ -27,7 +27,7 @@ from distill.core.crop_settings import CropSettings
 from distill.core.progress import Report
 from distill.data.sources import InputShard
 from distill.labelling.annotate import CPU
-from distill.labelling.board import Board, Place, withdraw
+from distill.labelling.board import Board, Place, changed_since, withdraw
 from distill.labelling.jobs import Teachers, asked_about
 from distill.labelling.leases import Claim, LeaseLostError
 from distill.labelling.lock import RunLockedError, refuse_run
@@ -307,7 +307,7 @@ def work_by_parts(
     about = made_by(recipe, machine)
     end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=meeting.whole, tell=tell)
     before = meeting.stamp()
-    if before and _finish(out, meeting, end):
+    if before and not changed_since(meeting, shards) and _finish(out, meeting, end):
         made_before = sum(name.endswith(".tar") for name in meeting.finished())
         return LabelOutcome(complete=True, parts=0, skipped=made_before, images=0, samples=0, quarantined=0, bytes=0)
     board = Board(shards, part_sizes(shards, crops, labels), out, meeting, teachers, tell)
@@ -368,8 +368,7 @@ def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: PartSett
             # At each part: a run that starts now sees our lease, but one may have started while we had none.
             refuse_run(worker.board.out)
             part = worker.board.part(place)
-            tally.total = sum(p.images for p in worker.board.places.values())
-            tally.before = sum(p.images for n, p in worker.board.places.items() if n in worker.done) - tally.images
+            tally.total = worker.board.num_images
             worker.tell(part=place.name, tally=tally)
             asked = asked_about(part.shard, work.teachers)
             opened = label_part(worker.board.out, part, replace(work, asked=asked, claim=claim), tally, pools)

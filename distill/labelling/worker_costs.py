@@ -1,5 +1,7 @@
 """The cost of a run of workers: one record per worker while it lasts, then one note of all records beside the labels.
 
+That note also has the fingerprints of the input shards (labelling.board), by which later workers see that none changed.
+
 It is not in the manifest, which does not depend on who made the labels. The record of a killed worker ends where its
 last part began.
 """
@@ -30,5 +32,8 @@ def settle(meeting: Meeting) -> None:
         plain = {
             name: {key: value for key, value in record.items() if key != AGE} for name, record in all_records.items()
         }
-        meeting.write_note(SPENT, {"workers": plain})
+        plans = [note for note in meeting.notes("plan-").values() if {"stem", "input"} <= {*note}]
+        before = meeting.note(SPENT).get("inputs")
+        inputs = (before if isinstance(before, dict) else {}) | {note["stem"]: note["input"] for note in plans}
+        meeting.write_note(SPENT, {"workers": plain, "inputs": inputs})
     meeting.tidy()

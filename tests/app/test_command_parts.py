@@ -60,7 +60,7 @@ def test_what_labelling_made_is_said_and_sent(tmp_path, monkeypatch, capsys, sen
 def test_what_a_worker_made_is_said(tmp_path, capsys, meeting, place):
     made = SimpleNamespace(labels=SimpleNamespace(meeting=meeting, mirror=""))
     commands.print_label_outcome(made, tmp_path / "x", outcome_of(complete=False, last=False))
-    said = f"{place.format(folder=tmp_path / 'x')}: all parts are done; another worker is writing the manifest; 3 parts"
+    said = f"{place.format(folder=tmp_path / 'x')}: other workers are making the last parts or the manifest; 3 parts"
     assert said in capsys.readouterr().out
 
 

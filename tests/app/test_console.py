@@ -86,6 +86,15 @@ def test_off_a_terminal_long_work_says_where_it_is(shown, monkeypatch):
     assert not any("eta 2:" in line for line in lines)
 
 
+def test_work_that_others_share_has_no_eta(shown, monkeypatch):
+    out, clock = shown(False), iter(range(0, 10_000, 20))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    with console.progress("label, this worker", eta=False) as report:
+        for done in range(100, 106):
+            report(done, 200)
+    assert "items/s" in out.getvalue() and "eta" not in out.getvalue()
+
+
 def test_quiet_leaves_results_and_errors(shown, monkeypatch):
     out = shown(False)
     monkeypatch.setattr(console, "_notes", True)

@@ -15,6 +15,7 @@ import torch
 
 from distill.core import files
 from distill.labelling import leases
+from distill.labelling.board import changed_since
 from distill.labelling.leases import NOTES, FolderLeases, LeaseLostError
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.labelling.meeting import Folder
@@ -231,6 +232,34 @@ def test_a_tar_that_has_grown_is_labelled_again_and_other_images_are_refused(tar
         work(tars, tmp_path / "out")
     with pytest.raises(ValueError, match="made with different settings: samples_per_part"):
         work(tars, tmp_path / "out", samples_per_part=2)
+
+
+def test_workers_label_what_a_finished_folder_lacks_and_its_status_says_that_images_changed(tars, tmp_path):
+    whole, out = (tmp_path / "sa_1.tar").read_bytes(), tmp_path / "out"
+    run(tars, tmp_path / "one")
+    (tmp_path / "sa_1.tar").write_bytes(whole[:2500])
+    work(tars, out)
+    place = Folder(out)
+    assert changed_since(place, tars) == [] and work(tars, out, Formula(wait=99)).parts == 0
+    (tmp_path / "sa_1.tar").write_bytes(whole)
+    assert changed_since(place, tars) == tars[1:]
+    assert work(tars, out).parts == 2 and contents(out) == contents(tmp_path / "one")
+    assert changed_since(place, tars) == []
+    (tmp_path / "sa_1.tar").write_bytes((tmp_path / "sa_0.tar").read_bytes())
+    with pytest.raises(ValueError, match="labelled from different images than"):
+        work(tars, out)
+
+
+def test_images_that_are_away_do_not_make_a_finished_run_one_of_no_parts(tars, tmp_path):
+    work(tars, tmp_path / "out")
+    now = run_status(Folder(tmp_path / "out"), tmp_path / "out", [])
+    assert (now.complete, now.done, now.parts, now.done_images, now.images) == (True, 6, 6, 10, 10)
+
+
+def test_a_worker_reports_its_own_images_of_about_all(tars, tmp_path):
+    said = []
+    work(tars, tmp_path / "out", report=lambda done, total, **numbers: said.append((done, total, "eta_s" in numbers)))
+    assert {total for _, total, _ in said[-3:]} == {10} and said[-1] == (10, 10, False)
 
 
 def test_workers_and_a_run_that_wants_the_folder_for_itself_keep_apart(tars, tmp_path):
