@@ -163,6 +163,11 @@ def _is_same(out: Path, part: Part, before: Mapping[str, Any], teachers: Teacher
         if grown and before["of"] <= part.of:
             return False
         why = f": {part.rejected[0].reason}" if part.rejected and not keys else ""
+        if before["images"] != keys and {*before["images"]} <= {entry.key for entry in part.shard.scan().entries}:
+            delete = (
+                "images were added before or between the labelled ones. Move those to a folder of their own, a further "
+                f"[[images]] table, and add --set labels.root={out}: only they are labelled then. Or {delete}"
+            )
         raise ValueError(
             f"{out / part.name} was labelled from different images than {part.shard.origin} has now "
             f"({len(before['images'])} then, {len(keys)} now{why}): {delete}"

@@ -19,6 +19,7 @@ from distill.data import sources
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.shards import shards
 from distill.shards.shards import LabelDataset, read_manifest, verify
+from tests.data.pictures import encoded, picture
 from tests.labelling.formula import CROPS, Broken, contents, make_tar, one_of_several, run
 
 
@@ -270,3 +271,29 @@ def test_a_folder_that_cannot_be_made_is_named(tars, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot make the labels folder .*file"):
         run(tars, tmp_path / "file" / "out")
+
+
+def test_photos_between_the_labelled_ones_go_into_a_folder_of_their_own(tmp_path):
+    made = [(tmp_path / "trip" / f"{name}.jpg", seed) for seed, name in enumerate("bdf")]
+    made.append((tmp_path / "more" / "c.jpg", 9))
+    for path, seed in made:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(picture(30, 40, seed=seed)))
+    out, photos, more = tmp_path / "out", *([tmp_path / name] for name in ("trip", "more"))
+    run(sources.folders(photos), out)
+    before = contents(out)
+    (tmp_path / "trip" / "c.jpg").write_bytes(made[3][0].read_bytes())
+    with pytest.raises(
+        ValueError, match=r"added before or between .* further \[\[images\]\] table, and add --set labels"
+    ):
+        run(sources.folders(photos), out)
+    (tmp_path / "trip" / "c.jpg").unlink()
+    made[0][0].rename(tmp_path / "b.jpg")
+    with pytest.raises(ValueError, match=r"\(2 then, 2 now\): label into another folder"):
+        run(sources.folders(photos), out)
+    (tmp_path / "b.jpg").rename(made[0][0])
+    assert run(sources.combine(sources.folders(photos), sources.folders(more)), out).parts == 1
+    after = contents(out)
+    assert {name: data for name, data in after.items() if name.startswith("trip")} == {
+        name: data for name, data in before.items() if name.startswith("trip")
+    }
