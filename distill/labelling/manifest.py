@@ -152,13 +152,14 @@ def finish(
             sidecars.append(entry)
             sources[f"{shard.stem}-{number:03d}.tar"] = shard.source
             number, of = number + 1, entry["of"]
-    if not fresh and (out / MANIFEST).is_file():
+    if (out / MANIFEST).is_file():
         try:
             before = read_manifest(out)
-            # A recipe without a licence keeps the manifest's.
-            same = licence in (before["licence"]["images"], DEFAULTS.licence)
-            if same and before["shards"] == _tars(sidecars, settings, sources):
-                return True
+            if before["shards"] == _tars(sidecars, settings, sources):
+                # A recipe without a licence keeps the manifest's.
+                licence = before["licence"]["images"] if licence == DEFAULTS.licence else licence
+                if not fresh and licence == before["licence"]["images"]:
+                    return True
         except DamagedTableError as error:
             tell(f"{str(error).partition(';')[0]}; it is rewritten")
     manifest = _manifest(sidecars, settings, about, licence, sources)

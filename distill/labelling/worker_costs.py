@@ -28,12 +28,13 @@ def settle(meeting: Meeting) -> None:
 
     One worker at a time must call it, or one of two simultaneous records may be lost. Can be repeated.
     """
-    if all_records := records(meeting):
+    all_records, plans = records(meeting), meeting.notes("plan-").values()
+    if all_records or plans:
         plain = {
             name: {key: value for key, value in record.items() if key != AGE} for name, record in all_records.items()
         }
-        plans = [note for note in meeting.notes("plan-").values() if {"stem", "input"} <= {*note}]
         before = meeting.note(SPENT).get("inputs")
-        inputs = (before if isinstance(before, dict) else {}) | {note["stem"]: note["input"] for note in plans}
+        inputs = before if isinstance(before, dict) else {}
+        inputs |= {note["stem"]: note["input"] for note in plans if {"stem", "input"} <= {*note}}
         meeting.write_note(SPENT, {"workers": plain, "inputs": inputs})
     meeting.tidy()
