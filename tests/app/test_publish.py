@@ -89,6 +89,8 @@ def test_labels_without_their_photographs(labels, tmp_path):
     with (out / "weights.bin").open("wb") as file:
         file.truncate(10**7 + 1)
     assert check(out)[1:] == ["weights.bin is large, but no rule of .gitattributes stores it in LFS"]
+    tars[0].unlink()
+    assert check(out)[0] == f"{tars[0].name} is missing"
 
 
 def test_labels_with_their_photographs_are_a_labels_folder(labels, tmp_path, capsys):

@@ -200,17 +200,18 @@ def pair(folder, photo: Image.Image, depth: np.ndarray, *, scale="1", encoding="
     return read_pairs(folder)[0]
 
 
-def test_a_portrait_meets_its_truth_upright(tmp_path):
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_portrait_meets_its_truth_upright(tmp_path, orientation):
     lying = Image.fromarray(np.repeat(np.arange(0, 240, 6, dtype=np.uint8)[None], 30, 0)).convert("RGB")  # 40 x 30
     exif = Image.Exif()
-    exif[0x0112] = 6
-    stored = np.arange(1, 41)[None].repeat(30, 0)
-    upright = np.rot90(stored, -1)
+    exif[0x0112] = orientation
+    stored = np.arange(1, 41) + 100 * np.arange(30)[:, None]
+    upright = {5: stored.T, 6: np.rot90(stored, -1), 7: stored[::-1, ::-1].T, 8: np.rot90(stored)}[orientation]
     for truth in (upright, stored):
         one = pair(tmp_path, lying, truth, exif=exif, quality=95)
         values = one.truth().values[0]
-        assert one.rgb().shape == (3, 40, 30) and values.shape == (40, 30)
-        assert values[:, 0].tolist() == upright[:, 0].tolist()
+        assert one.rgb().shape == (3, 40, 30)
+        assert values.tolist() == upright.tolist()
     with pytest.raises(ValueError, match="differs in aspect ratio from its photograph, 30 x 40"):
         pair(tmp_path, lying, np.ones((40, 40)), exif=exif).truth()
 

@@ -271,6 +271,9 @@ def test_unsigned_integers_that_netcdf_stores_as_signed(tmp_path):
         file["depth"] = (CODES * 5000).astype(np.uint16).view(np.int16)
         file["depth"].attrs["_Unsigned"] = "true"
     assert read_map(tmp_path / "a.nc").tolist() == (CODES * 5000).tolist()
+    with h5py.File(tmp_path / "signed.nc", "w") as file:
+        file["depth"] = CODES.astype(np.int16) - 3
+    assert read_map(tmp_path / "signed.nc").tolist() == (CODES.astype(int) - 3).tolist()
     with h5py.File(tmp_path / "a.nc", "a") as file:  # signed in the file, like the values: 60000 and 1 to 55000
         file["depth"].attrs["_FillValue"] = np.int16(-5536)
         file["depth"].attrs["valid_range"] = np.array([1, -10536], np.int16)

@@ -224,3 +224,8 @@ def test_every_pixel_is_counted_whatever_the_number_of_them(shape, holes):
     found = distribution(depth, valid, int(valid.sum()))
     assert found["chi2"] == pytest.approx(math.exp(-20 * np.square(shares - 0.05).sum()))
     assert found["range"] == np.count_nonzero(counts) / 20
+
+
+def test_the_filter_knows_which_end_of_a_score_is_bad():
+    bad_if_high = {name for name, meaning in SCORES.items() if not meaning.high_is_good}
+    assert bad_if_high == {"edges", "roughness", "sky", "disagreement", "bridge", "align"}

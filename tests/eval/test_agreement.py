@@ -134,6 +134,10 @@ def test_kinds_meet_in_disparity():
     hidden = DepthMap(0.2 + 0.3 / disparity, ALL, Kind.AFFINE_DEPTH)  # the shift is lost
     fitted = agreement.to_disparity(hidden, reference)
     assert agreement.alignment_error(fitted.values, disparity, ALL).item() < 0.05
+    holed, seen = disparity.clone(), ALL.clone()
+    holed[:, :20], seen[:, :20] = 1e4, False
+    beside = agreement.to_disparity(hidden, affine_disparity(holed, seen))
+    assert torch.equal(beside.values, fitted.values), "the reference's invalid pixels are not looked at"
     negated = agreement.to_disparity(hidden)
     assert agreement.ordinal_agreement(negated.values, disparity, ALL).item() > 0.99
     assert agreement.alignment_error(negated.values, disparity, ALL).item() > 0.05

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
 from dataclasses import replace
@@ -228,7 +229,11 @@ def test_a_sparse_member_is_refused_and_a_second_name_of_a_file_is_read(tmp_path
         link = tarfile.TarInfo("b.bin")
         link.type, link.linkname = tarfile.LNKTYPE, "./a.bin"
         tar.addfile(link)
-    assert Files(tmp_path / "a.tar").floats("b.bin", (4,)).tolist() == [0, 1, 2, 3]
+    whole = Files(tmp_path / "a.tar")
+    assert whole.floats("b.bin", (4,)).tolist() == [0, 1, 2, 3]
+    os.truncate(tmp_path / "a.tar", 512 + 9)
+    with pytest.raises(OSError, match="a.tar: cut short inside b.bin; download it again"):
+        whole.read("b.bin")
     hole = tarfile.TarInfo("hole.bin")
     hole.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "2048"}
     body = b"1\n1024\n1024\n".ljust(512, b"\0") + b"x" * 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from distill.data.corruptions import Corruptions
 from distill.data.photos import Photo
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import CARD, Entrant, compare, predict_missing, write_comparison
-from distill.eval.reports.compare_page import additions_table, sentences, write_page
+from distill.eval.reports.compare_page import MEASURES, additions_table, matrices, sentences, write_page
 from distill.eval.stored import BadPredictionError
 from distill.eval.timing import RunTime
 from distill.teachers import analytic
@@ -169,6 +170,14 @@ def test_numbers_of_known_models(three):
     assert [image["key"] for image in result.images] == ["s0", "s1", "s2", "s3"]
     text = " ".join(sentences(result))
     assert "right adds the most to left" in text and "4 images with truth" in text
+    for measure, (title, *_) in MEASURES.items():
+        grid = next(part for part in matrices(result).split('<div class="chart">') if part.startswith(f"<b>{title}"))
+        shown = [row[measure] for row in result.pairs if row[measure] is not None]
+        assert sorted(re.findall(r">(\d\.\d\d)</span>", grid)) == sorted(f"{value:.2f}" for value in shown)
+    assert "it would replace it" not in text
+    for row in result.additions:
+        row["share"] = 0.9
+    assert "right is better than left in 90% of the regions: it would replace it" in " ".join(sentences(result))
 
 
 def test_without_truth_edges_speak(three):

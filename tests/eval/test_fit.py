@@ -254,6 +254,16 @@ def test_an_alignment_may_be_chosen_and_never_mixes_with_another(store, tmp_path
         alignment_plan(Kind.SCALE_DEPTH, Kind.AFFINE_DEPTH, "scale by medians in depth")
 
 
+def test_depth_without_its_shift_is_never_scored_in_disparity():
+    truth = DepthMap(
+        torch.linspace(1, 9, 24).reshape(1, 4, 6), torch.ones(1, 4, 6, dtype=torch.bool), Kind.METRIC_DEPTH
+    )
+    pred, protocol = truth.values[0].numpy(), replace(CLEAN, space="disparity")
+    assert measure(pred, truth, Kind.SCALE_DEPTH, protocol).scale == pytest.approx(1.0)
+    with pytest.raises(KindError, match="affine_depth cannot be scored in disparity"):
+        measure(pred, truth, Kind.AFFINE_DEPTH, protocol)
+
+
 def test_a_median_that_is_not_positive_is_remarked_on(store):
     np.save(store / "part/pred_01.npy", -noisy(1))
     got = score(store, "scale_depth", samples(), CLEAN, alignment="median")

@@ -268,6 +268,14 @@ def test_a_manifest_that_could_not_be_sent_does_not_stay_where_no_tars_are(store
     assert json.loads(bytes(store.get("manifest.json").bytes()))["samples"] == 18
 
 
+def test_a_part_that_is_withdrawn_is_gone_from_the_store(store, tmp_path):
+    place = Objects("s3://x/y", tmp_path / "out", lease_s=LEASE, store=store)
+    for name in ("a-000.json", "a-000.tar", "b-000.tar"):
+        store.put(name, b"x")
+    place.withdraw("a-000.tar")
+    assert [found["path"] for batch in store.list() for found in batch] == ["b-000.tar"]
+
+
 def test_a_worker_that_is_stopped_leaves_no_lease(tars, tmp_path):
     """Its part would else wait until the lease ends: minutes, with a lease that suits a cluster."""
     out = tmp_path / "out"

@@ -16,7 +16,7 @@ from distill.data import sources
 from distill.data.sources import Entry, InputShard, Photo, Rejected, Scan
 from distill.labelling.finishing import stored
 from distill.labelling.jobs import plan_photo
-from distill.labelling.parts import line_of
+from distill.labelling.parts import Contents, describe, line_of, parts_of
 from distill.labelling.run import (
     TRUTH,
     LabelSettings,
@@ -29,8 +29,15 @@ from distill.labelling.run import (
 )
 from distill.shards.codec import MAX_ERROR
 from distill.shards.shards import LabelDataset, read_manifest, verify
+from distill.shards.tables import read_json
 from tests.data.pictures import encoded, pack, picture
 from tests.labelling.formula import CROPS, Formula, contents, make_tar, run, work
+
+
+def test_a_parts_description_does_not_depend_on_the_order_of_a_set(tars, tmp_path):
+    part, kinds = parts_of(tars[0], 4)[0], Contents(kinds={"truth": {str(kind) for kind in Kind}})
+    describe(tmp_path, part, kinds, tar={}, samples=[], quarantine=[])
+    assert read_json((tmp_path / part.name).with_suffix(".json"))["kinds"] == {"truth": sorted(Kind)}
 
 
 def test_labels_are_the_teachers_answer_on_the_same_pixels(tars, tmp_path):

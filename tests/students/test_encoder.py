@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from distill import students
@@ -215,6 +216,13 @@ class TestEncoderWeights:
             with pytest.raises(ValueError, match="k.bias is not zero"):
                 Encoder("dinov3_vits16", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
             save_file(state, tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match="add _qkvb to its name"):
+            Encoder("vit_small_patch16_dinov3", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
+        one_number = {
+            key: F.one_hot(torch.tensor(0), len(value)).float() if re.search(r"(qkv|[qv]_proj)\.bias", key) else value
+            for key, value in state.items()
+        }
+        save_file(one_number, tmp_path / "w.safetensors")
         with pytest.raises(ValueError, match="add _qkvb to its name"):
             Encoder("vit_small_patch16_dinov3", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
         del state[next(key for key in state if re.search(r"1\.att.*(qkv|q_proj)\.weight", key))]

@@ -22,6 +22,8 @@ def test_options_of_the_wrong_kind_are_named():
         ({"encoder_options": {"mean": [0.5]}}, "encoder_options .*0.5"),
         ({"encoder_options": {"indices": 3}}, "encoder_options .*3"),
         ({"native_size": -3}, "native_size must be a positive number"),
+        ({"max_depth": 0}, "max_depth must be a positive number of metres, not 0"),
+        ({"max_depth": float("inf")}, "max_depth must be a positive number of metres, not inf"),
     ]:
         with pytest.raises(ValueError, match=message):
             students.build(encoder="test_vit", decoder="sdt", **options)

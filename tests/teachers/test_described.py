@@ -13,6 +13,7 @@ import torch
 
 from distill.core.plugins import find
 from distill.teachers import WeightsMismatchError
+from distill.teachers._described import read_described, read_either
 from tests.teachers.asking import IMAGES, load
 
 PARTS = {
@@ -22,6 +23,17 @@ PARTS = {
     "marigold": "unet/diffusion_pytorch_model.safetensors",
     "genpercept": "vae/diffusion_pytorch_model.safetensors",
 }
+
+
+def test_the_weights_that_were_asked_for_are_read_of_a_file_with_several(tmp_path):
+    states = {key: {"net.a": torch.full((2,), value)} for key, value in (("model", 1.0), ("ema", 2.0))}
+    torch.save(states, tmp_path / "w.pth")
+    for asked, value in ((None, 1.0), ("ema", 2.0)):
+        _, state, folder = read_either(
+            tmp_path / "w.pth", ("*.pth",), anchor="embeddings", authors=("net.a",), weights_key=asked
+        )
+        assert state["net.a"].tolist() == [value] * 2 and folder is None
+        assert read_described(tmp_path / "w.pth", anchors=["net.a"], weights_key=asked)["net.a"].tolist() == [value] * 2
 
 
 def rewritten(made, folder, name, change):

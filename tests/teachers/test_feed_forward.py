@@ -107,7 +107,13 @@ def giant_state(width, blocks, features):
 
 
 def test_depth_anything_v2_reads_the_giants_gated_feed_forward(monkeypatch, tmp_path):
-    assert depth_anything_v2._TAPS[1536, 40] == (10, 20, 30, 40)
+    published = {
+        (384, 12): (2, 5, 8, 11),
+        (768, 12): (2, 5, 8, 11),
+        (1024, 24): (4, 11, 17, 23),
+        (1536, 40): (9, 19, 29, 39),
+    }
+    assert {size: tuple(i - 1 for i in taps) for size, taps in depth_anything_v2._TAPS.items()} == published
     monkeypatch.setitem(depth_anything_v2._TAPS, (64, 4), (1, 2, 3, 4))
     state = giant_state(64, 4, 8)
     torch.save(state, tmp_path / "depth_anything_v2_vitg.pth")

@@ -142,3 +142,4 @@ def test_half_precision_stays_near(made, name):
     half = predict(load(made, name, dtype=torch.bfloat16), IMAGES)
     assert half.values.dtype == torch.float32 and torch.isfinite(half.values).all()
     assert np.corrcoef(full.flatten(), half.values.flatten())[0, 1] > 0.9
+    assert not torch.equal(full, half.values), "the dtype that was asked for is used"

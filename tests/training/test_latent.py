@@ -200,6 +200,10 @@ def test_settings_refuse_what_no_teacher_reads():
         LatentSettings(timestep=1)
     with pytest.raises(ValueError, match=r"quantile must be in \[0, 0.5\)"):
         LatentSettings(quantile=0.5)
+    for wrong, message in (({"reach": 1.0}, "reach must be above 1"), ({"blend": 1.5}, "blend must be .* 1")):
+        with pytest.raises(ValueError, match=message):
+            LatentSettings(**wrong)
+    assert LatentSettings(reach=1.5, blend=1.0, quantile=0.0)
     with pytest.raises(ValueError, match="nothing to learn"):
         LatentSettings(distance_weight=0.0, gradient=0.0)
 

@@ -144,6 +144,15 @@ def test_the_loss_is_computed_in_float32_outside_autocast(tmp_path):
     assert set(seen) == {(torch.float32, False, torch.float32)}
 
 
+def test_an_objective_that_averages_over_images_is_refused(tmp_path):
+    def averaged(pred, labels, features=None, teacher_features=None):
+        losses, parts = l1(pred, labels)
+        return losses.mean(0, keepdim=True), parts
+
+    with pytest.raises(ValueError, match=r"must return one loss per image, \(\d+,\), not \(1,\)"):
+        run(tmp_path, objective=averaged)
+
+
 def test_a_parameter_nobody_would_train_is_refused():
     student = Toy()
     student.scale = nn.Parameter(torch.ones(1))
@@ -194,6 +203,8 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
             except ValueError:
                 os._exit(7)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        with pytest.raises(ValueError, match="another training run writes here"):
+            run(tmp_path)
 
 
 @pytest.mark.parametrize(

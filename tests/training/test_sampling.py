@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from distill import students
-from distill.core.depth import DepthMap, Kind
+from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels, Supervision
-from distill.training.label_choice import average_labels, choose_patches, choose_teacher
+from distill.training.label_choice import average_labels, choose_patches, choose_teacher, convert_labels
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
 from distill.training.schedule import factor, in_steps, make_optimizer, set_rates
 from tests.training.toys import KIND, settings
@@ -157,6 +157,18 @@ def test_an_average_weighs_teachers_by_share_and_pixels_by_agreement():
             {"a": a, "b": replace(b, supervision=Supervision("n", Kind.SCALE_DEPTH))}, {"a": 0.5, "b": 0.5}
         ).supervision.truth
     )
+
+
+def test_labels_are_converted_where_they_can_be_and_kept_where_asked():
+    maps = {kind: DepthMap(torch.full((1, 2, 2), 4.0), torch.ones(1, 2, 2, dtype=torch.bool), kind) for kind in Kind}
+    labels = {kind: Labels(depth, None, torch.zeros(1, 0, 4)) for kind, depth in maps.items()}
+    for keep in (False, True):
+        found = convert_labels(labels[Kind.SCALE_DEPTH], KIND, keep).shared
+        assert found.kind is KIND and found.values.unique().tolist() == [0.25]
+        assert convert_labels(labels[KIND], Kind.SCALE_DEPTH, True) is labels[KIND], "they know less than the student"
+    assert convert_labels(labels[Kind.AFFINE_DEPTH], KIND, True) is labels[Kind.AFFINE_DEPTH]
+    with pytest.raises(KindError):
+        convert_labels(labels[Kind.AFFINE_DEPTH], KIND)
 
 
 def test_rates_reach_their_end_where_they_are_told_to():

@@ -158,6 +158,9 @@ def test_it_says_what_was_run(report):
     _, text = report
     for fact in ("vit_tiny + sdt", "primary", "40 of 40 steps of 8", "1 at step 20", "3 models on pairs"):
         assert fact in text, fact
+    for fact in ("samples5", "images’ licenceCC0 <mine>", "in quarantine0"):
+        assert fact in text, fact
+    assert "is damaged" not in text
     for told in ("25.0% of the time", "3.5 GiB", "watch <it>", "distill train", "seed", "analytic", "CC0 <mine>"):
         assert told in text, told
 
@@ -266,6 +269,12 @@ def test_charts_stand_whatever_the_numbers(values, log):
     Page(html)
     numbers = [float(v) for v in re.findall(r"[ML](-?[\d.]+ -?[\d.]+)", html) for v in v.split()]
     assert numbers and all(0 <= number <= 400 for number in numbers) and "nan" not in html and "inf" not in html
+
+
+@pytest.mark.parametrize(("log", "zero"), [(True, False), (False, True), (False, False)])
+def test_an_axis_spans_its_numbers(log, zero):
+    axis = figures._axis([5.0, 0.5, 3.0], log, zero)
+    assert (axis.low == 0.0 if zero else 0.0 < axis.low < 0.5) and 5.0 < axis.high < 6.0
 
 
 def test_long_curves_are_thinned_and_keep_their_level():
