@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
@@ -154,6 +155,9 @@ def test_all_processes_go_on_from_the_main_ones_newest_step(kept, tmp_path):
     assert ended == [None, None] and [own.step for own in runs] == [2, 2]
     assert [own.log is not None for own in runs] == [True, False]
     assert all(map(torch.equal, *(own.parameters for own in runs)))
+    shutil.copytree(kept, tmp_path / "both")
+    ended, runs = resumed(kept, [tmp_path / "both", tmp_path / "none"])
+    assert ended == [None, None] and [own.step for own in runs] == [4, 4], "of two steps the newer one is handed out"
     errors, _ = resumed(kept, [tmp_path / "main", kept])
     assert {str(error).partition(":")[0] for error in errors} == {
         f"{out} is not the same folder on all machines, and the main process's has an older step ([2, 4])"

@@ -151,6 +151,7 @@ def test_the_file_is_whole_and_asks_for_nothing(run, report):
     style = html[html.index("<style>") : html.index("</style>")]
     assert "prefers-color-scheme:dark" in style and "url(" not in style and "@import" not in style
     assert 'name="viewport"' in html and "<teachers>" not in html and "two <teachers>" in text
+    assert "<summary>With either floor of disparity</summary><" in html
     assert not list(run.glob(".report*")), "left something aside"
 
 
