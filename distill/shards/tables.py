@@ -116,8 +116,11 @@ def _check_samples(path: Path, value: Mapping[str, Any]) -> None:
 
 def _check_tar(path: Path, tar: Mapping[str, Any]) -> None:
     """Raise ValueError unless a tar's entry in a table of ours has the right types and a plain file name."""
-    valid_numbers = all(type(tar[key]) is int and tar[key] >= 0 for key in ("bytes", "samples"))
-    if not valid_numbers or not all(isinstance(tar[key], str) for key in ("name", "sha256")):
+    numbers = [tar["bytes"], tar["samples"], tar.get("image_source", 0)]
+    valid_numbers = all(type(number) is int and number >= 0 for number in numbers)
+    teachers = tar.get("teachers", [])
+    words = [tar["name"], tar["sha256"], *(teachers if isinstance(teachers, list) else [None])]
+    if not valid_numbers or not all(isinstance(word, str) for word in words):
         raise DamagedTableError(
             f"{path} is damaged: what it says of a tar is not a name, a sha256 and two numbers; {REPAIR}"
         )

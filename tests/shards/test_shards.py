@@ -114,6 +114,10 @@ def test_the_manifest_says_of_each_tar_whose_labels_and_which_images_it_holds(fo
     write_manifest(folder, manifest)
     assert LabelDataset(folder).teachers_of(2) == ["two"] and list(LabelDataset(folder)[2].labels) == ["two"]
     assert LabelDataset(folder, teachers=["one"]).teachers_of(2) == []
+    for bad in ({"image_source": "../../x"}, {"image_source": -1}, {"teachers": "two"}, {"teachers": [["two"]]}):
+        write_manifest(folder, {**manifest, "shards": [{**manifest["shards"][0], **bad}]})
+        with pytest.raises(ValueError, match="manifest.json is damaged: what it says of a tar"):
+            LabelDataset(folder)
 
 
 def test_a_key_in_two_tars_is_read_once(folder):
