@@ -86,8 +86,9 @@ def remedy_for_shards(folder: Path) -> str:
     return ""
 
 
-_END, _END_WITHIN = b"PK\5\6", 22 + 65535
-"""The signature of a zip's end, and within how many last bytes it is: a comment may follow."""
+_END, _END_SIZE = b"PK\5\6", 22
+_END_WITHIN = _END_SIZE + 65535
+"""The signature and size of a zip's end, and within how many last bytes it is: a comment may follow."""
 
 
 def fault_of_zip(path: Path) -> str:
@@ -99,7 +100,7 @@ def fault_of_zip(path: Path) -> str:
         is_zip = stream.read(2) == b"PK"
         stream.seek(max(0, path.stat().st_size - _END_WITHIN))
         # Not zipfile.is_zipfile, which since Python 3.14 is False for a zip with lost bytes, too.
-        if not is_zip or _END not in stream.read():
+        if not is_zip or _END not in stream.read()[: 4 - _END_SIZE]:
             return ""  # another format, or cut short: its reader reports that
     if fault := fault_of_list(path):
         return fault
