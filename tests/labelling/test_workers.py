@@ -250,6 +250,13 @@ def test_workers_label_what_a_finished_folder_lacks_and_its_status_says_that_ima
         work(tars, out)
 
 
+def test_a_worker_of_a_finished_folder_without_notes_scans_it_once(tars, tmp_path):
+    run(tars, tmp_path)
+    place = Folder(tmp_path)
+    assert changed_since(place, tars) == tars
+    assert work(tars, tmp_path).parts == 0 and changed_since(place, tars) == []
+
+
 def test_images_that_are_away_do_not_make_a_finished_run_one_of_no_parts(tars, tmp_path):
     work(tars, tmp_path / "out")
     now = run_status(Folder(tmp_path / "out"), tmp_path / "out", [])

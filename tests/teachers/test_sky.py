@@ -113,8 +113,8 @@ class TestOneSkyPolicy:
         assert torch.equal(_sky.apply_sky(depth, everywhere, "far").values, depth.values)
         assert not _sky.apply_sky(depth, everywhere, "invalid").valid.any()
 
-    @pytest.mark.parametrize(("pixels", "changed"), [(10, 0), (11, 11)])
-    def test_a_few_pixels_of_sky_are_left_alone(self, pixels, changed):
+    @pytest.mark.parametrize(("pixels", "changed"), [(10, 0), (11, 11), (70, 70), (71, 0)])
+    def test_a_few_pixels_of_sky_or_of_others_are_left_alone(self, pixels, changed):
         depth, sky = DepthMap(torch.rand(1, 9, 9), torch.ones(1, 9, 9) > 0, Kind.SCALE_DEPTH), torch.zeros(1, 9, 9)
         sky.view(-1)[:pixels] = 1
         after = _sky.apply_sky(depth, sky > 0, "far").values

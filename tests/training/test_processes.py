@@ -77,6 +77,13 @@ def test_processes_with_other_settings_or_labels_are_refused_in_all():
     assert parallel.check_alike(some_run(Path("none")).processes, *given[1]) is None
 
 
+def test_a_run_begins_with_what_must_be_alike(monkeypatch):
+    asked = SimpleNamespace(index=1, share=lambda own: {**own, "lr": 0.5, "data": "b"}, gather=list)
+    monkeypatch.setattr(parallel, "processes_of", lambda accelerator: asked)
+    with pytest.raises(ValueError, match=r"process 1: data = 'a', not 'b'; process 1: lr = 0.01, not 0.5"):
+        parallel.new_run(torch.nn.Identity(), None, settings(), facts={"data": "a"})
+
+
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
     """A run of 4 steps with a checkpoint of step 2."""
