@@ -75,17 +75,19 @@ def _check_whole(file: Path) -> None:
 
 def described_config(config_class: Any, folder: Path, *, what: str) -> Any:
     """The configuration in a folder's config.json; WeightsMismatchError if it cannot be read as one."""
-    read_config(folder / "config.json")  # whose error names this file, and not the copy
+    file = folder / "config.json"
+    read_config(file)  # whose error names this file, and not a copy
+    stored = file.read_bytes() if file.is_file() else b""
     try:
-        if not (folder / "config.json").is_file():
+        if (text := decoded(stored)).encode() == stored:
             return config_class.from_pretrained(folder)
         # transformers reads UTF-8 without a mark alone; editors on Windows write a mark, or UTF-16.
         with tempfile.TemporaryDirectory() as plain:
-            Path(plain, "config.json").write_text(decoded((folder / "config.json").read_bytes()), encoding="utf-8")
+            Path(plain, file.name).write_text(text, encoding="utf-8")
             return config_class.from_pretrained(plain)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise WeightsMismatchError(f"{folder / 'config.json'} does not describe a {what}: {reason}") from error
+        raise WeightsMismatchError(f"{file} does not describe a {what}: {reason}") from error
 
 
 def build_described(
