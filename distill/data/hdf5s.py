@@ -23,7 +23,7 @@ def arrays(data: bytes) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
 
     def collect(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub" and item.size < 1 << 30:
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub" and _is_small(item):
             if missing := [str(number) for number in _filters(item) if not h5py.h5z.filter_avail(number)]:
                 raise ValueError(
                     f"{name} is compressed with HDF5's filter {missing[0]}, which is not installed: store it with gzip"
@@ -40,6 +40,11 @@ def arrays(data: bytes) -> dict[str, np.ndarray]:
     with h5py.File(io.BytesIO(data), "r") as file:
         file.visititems(collect)
     return found
+
+
+def _is_small(item: Any) -> bool:
+    """Whether a data set is no larger than a map; False for one without any array (h5py.Empty)."""
+    return item.size is not None and bool(item.size < 1 << 30)
 
 
 def _filters(item: Any) -> list[int]:

@@ -408,10 +408,10 @@ def stored_stems(key: str) -> list[str]:
 
 def find_map(folder: Path, keys: Iterable[str]) -> Path | None:
     """The stored map of an image that has one of `keys`, in any supported format; None where there is none."""
-    stems = dict.fromkeys(stem for key in keys for stem in stored_stems(key))
+    stems = list(dict.fromkeys(stem for key in keys for stem in stored_stems(key)))
     # File names from a Mac may store accents decomposed (NFD), while a table has them composed (NFC).
-    renormalized = dict.fromkeys(unicodedata.normalize(form, stem) for form in ("NFC", "NFD") for stem in stems)
-    for stem in [*stems, *(renormalized.keys() - stems.keys())]:
+    renormalized = [unicodedata.normalize(form, stem) for form in ("NFC", "NFD") for stem in stems]
+    for stem in dict.fromkeys(stems + renormalized):
         for suffix in SUFFIXES:
             for spelling in (suffix, suffix.upper()):
                 if (path := folder / f"{stem}{spelling}").is_file():

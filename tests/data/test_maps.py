@@ -184,9 +184,12 @@ def test_accents_in_two_characters_are_the_same_name(tmp_path):
 
 def test_the_most_particular_name_wins(tmp_path):
     assert stored_stems("a.jpg")[:3] == ["a.jpg", "a_jpg", "a"] and find_map(tmp_path, ["a.jpg"]) is None
-    for name in ("a.npy", "a_jpg.npy"):
-        (tmp_path / name).write_bytes(b"1")
+    for stem in ("a", *(f"{i}e\u0301" for i in range(16))):
+        for name in (f"{stem}.npy", f"{stem}_jpg.npy", f"{stem}_depth.npy"):
+            (tmp_path / name).write_bytes(b"1")
     assert find_map(tmp_path, ["a.jpg"]) == tmp_path / "a_jpg.npy"
+    composed = [find_map(tmp_path, [f"{i}\u00e9.jpg"]) for i in range(16)]
+    assert composed == [tmp_path / f"{i}e\u0301_jpg.npy" for i in range(16)], "also among names of a Mac"
 
 
 # --- in tables of pairs -----------------------------------------------------------------------------------------------
@@ -300,8 +303,10 @@ def test_where_a_tiff_says_that_there_is_no_data_there_is_none(tmp_path, kind, s
 
 @pytest.mark.parametrize("note", ["_FillValue", "missing_value"])
 def test_what_nothing_was_written_to_in_hdf5_is_nothing(tmp_path, note):
-    with pytest.importorskip("h5py").File(tmp_path / "a.h5", "w") as file:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("depth", data=CODES.astype("i2")).attrs[note] = np.int16(5)
+        file["note"] = h5py.Empty("f4")  # a data set without an array
     read = read_map(tmp_path / "a.h5")
     assert np.isnan(read[1, 0]) and np.isfinite(read).sum() == 11
 
