@@ -76,8 +76,8 @@ def with_gaps(values: np.ndarray, empty: np.ndarray) -> np.ndarray:
 def by_libtiff(data: bytes) -> Image.Image:
     """The first page of a TIFF: 8 or 16-bit grey or RGB, with or without alpha; ValueError describes any other."""
     tags = _tags(data)
-    bits, sample_format = int(_first(tags, 258, 1)), int(_first(tags, 339, 1))
-    samples, meaning = int(_first(tags, 277, 1)), int(_first(tags, 262, 1))
+    bits, sample_format = _first(tags, 258, 1), _first(tags, 339, 1)
+    samples, meaning = _first(tags, 277, 1), _first(tags, 262, 1)
     packed = f", compression {_first(tags, 259, 1)}"
     what = f"a TIFF of {_WORDS.get(sample_format, 'unknown')} {bits}-bit samples, {samples} per pixel{packed}"
     if sample_format != 1 or bits not in (8, 16) or meaning not in _PHOTOS:
@@ -86,21 +86,22 @@ def by_libtiff(data: bytes) -> Image.Image:
         pixels = numbers(data)
     except (ValueError, RuntimeError, OSError, IndexError) as error:
         raise UnusablePixelsError(f"{what}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from error
-    if pixels.ndim == 3 and int(_first(tags, 284, 1)) == 2:
+    if pixels.ndim == 3 and _first(tags, 284, 1) == 2:
         pixels = np.moveaxis(pixels, 0, -1)
     pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     if pixels.dtype == np.uint16 and pixels.ndim == 3:  # grey is scaled to 8 bits later, with its profile
         pixels = ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     if meaning == 0:
-        pixels = np.iinfo(pixels.dtype).max - pixels
+        inverted = np.iinfo(pixels.dtype).max - pixels
+        pixels = np.stack([inverted[..., 0], pixels[..., 1]], axis=-1) if samples == 2 else inverted  # alpha stays
     if pixels.ndim == 3:
         pixels = pixels[..., :4] if samples == 4 else pixels[..., :3] if samples > 4 else pixels
     image = Image.fromarray(np.ascontiguousarray(pixels), None if pixels.ndim == 2 else _MODES[pixels.shape[-1]])
-    if samples == 4 and int(_first(tags, 338, 0)) == 0:  # an unspecified fourth sample is not alpha
-        image = image.convert("RGB") if image.mode == "RGBA" else image
+    if image.mode in ("LA", "RGBA") and _first(tags, 338, 0) == 0:  # an unspecified last sample is not alpha
+        image = image.convert(image.mode.removesuffix("A"))
     if isinstance(profile := tags.get(34675), bytes):
         image.info["icc_profile"] = profile
-    image.getexif()[274] = int(_first(tags, 274, 1))
+    image.getexif()[274] = _first(tags, 274, 1)
     return image
 
 

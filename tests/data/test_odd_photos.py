@@ -181,6 +181,17 @@ def test_deep_tiffs_as_scanners_and_microscopes_write_them(pixels, options):
     assert np.abs(decode(out.getvalue()).permute(1, 2, 0).numpy() - wanted / 257.0).max() <= 1
 
 
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_white_at_zero_inverts_no_alpha_and_an_unspecified_sample_is_no_alpha(photometric):
+    grey, alpha = RAMP if photometric == "minisblack" else 65535 - RAMP, np.full_like(RAMP, 65535)
+    alpha[:, :18] = 0
+    shown = np.where(alpha == 0, 65535, RAMP)
+    for meaning, wanted in (("unassalpha", shown), ("unspecified", RAMP)):
+        out, options = io.BytesIO(), {"photometric": photometric, "extrasamples": [meaning]}
+        pytest.importorskip("tifffile").imwrite(out, np.stack([grey, alpha]), planarconfig="separate", **options)
+        assert np.abs(decode(out.getvalue()).numpy() - wanted / 257.0).max() <= 1, meaning
+
+
 def test_planes_are_turned_and_have_their_profile():
     out, options = io.BytesIO(), {"photometric": "rgb", "planarconfig": "separate"}
     grey = np.full((3, 24, 36), 55 * 257, np.uint16)
