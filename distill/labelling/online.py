@@ -83,9 +83,9 @@ class OnlineDataset(Dataset[Sample]):
         sample's own draw.
         """
         asked = teachers_for(teachers, self.networks, origin=self.keys[index])
+        index %= len(self.entries)
         reason = ""
-        for step in range(len(self.entries)):
-            candidate = (index + step) % len(self.entries)
+        for candidate in (*range(index, len(self.entries)), *range(index)):
             if not {*teachers} <= {*self.teachers_of(candidate)}:
                 continue
             if (candidate in self._heldout) != (index in self._heldout):
