@@ -201,7 +201,7 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None, first_word:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column name of each row that is neither empty nor a comment."""
-    text_lines = _table_text(path).splitlines(keepends=True)
+    text_lines = table_text(path).splitlines(keepends=True)
     skipped = next((i for i, line in enumerate(text_lines) if not _PREAMBLE.match(line)), 0)
     header = text_lines[skipped] if text_lines else ""
     # Commas are frequent in paths and text: they separate columns only where there are no tabs.
@@ -268,7 +268,7 @@ def read_names(path: Path | str) -> list[str]:
         raise FileNotFoundError(
             f"{path}: no such list; give a text file with one name per line, like those of `distill filter`"
         )
-    names = [line.strip() for line in _table_text(file).splitlines() if line.strip()]
+    names = [line.strip() for line in table_text(file).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path}: empty; it should have one name per line")
     return names
@@ -293,7 +293,8 @@ def _not_text(data: bytes) -> str:
     return _WORKBOOKS.get(kind) or kind + (": unpack it" if signatures.is_packed(kind) else "")
 
 
-def _table_text(path: Path) -> str:
+def table_text(path: Path) -> str:
+    """The text of a table or a list; ValueError names a file that is none."""
     data = path.read_bytes()
     if problem := _not_text(data):
         raise ValueError(f"{path}: not a text file but {problem}")

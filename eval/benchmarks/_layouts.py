@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
 
-from distill.core.files import decoded, leaves_root
+from distill.core.files import leaves_root
+from distill.data.pairs import table_text
 
 ListRow = tuple[str, ...]
 Rows = list[ListRow]
@@ -53,14 +54,10 @@ def read_list(path: Path | str, layout: FileLayout, there: Callable[[], Iterable
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such list")
-    try:
-        lines = decoded(path.read_bytes()).splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8 text") from error
     rows, faults = [], []
     seen: set[str] = set()
     is_there = _known_ends(layout, there)
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(table_text(path).splitlines(), 1):
         row = tuple(_name(word, layout, is_there) for word in _words(line, layout.columns))
         if not row:
             continue

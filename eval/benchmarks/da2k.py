@@ -14,6 +14,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from distill.core.files import inside
+from distill.data.pairs import read_names
 from distill.data.photos import upright_size
 from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
 from distill.eval.benchmarks._files import Files
@@ -55,14 +56,10 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
 
 
 def _names(path: Path, annotations: dict[str, list[PointPair]]) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such list")
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     known = {name.removeprefix("./"): name for name in annotations}
-    names = [known.get(name.removeprefix("./"), name) for name in names]
-    unknown = [name for name in names if name not in annotations]
-    if unknown or not names:
-        raise ValueError(f"{path}: " + (f"{unknown[0]} is not in annotations.json" if unknown else "the list is empty"))
+    names = [known.get(name.removeprefix("./"), name) for name in read_names(path)]
+    if unknown := [name for name in names if name not in annotations]:
+        raise ValueError(f"{path}: {unknown[0]} is not in annotations.json")
     return names
 
 

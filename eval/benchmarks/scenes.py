@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
+from distill.data.pairs import read_names
 from distill.data.scenes import BENCHMARK_SEEDS, OUTDOORS, TRAIN_SEEDS, View, kind_of, render
 from distill.eval.benchmarks import BenchmarkSample, prediction_path
 from distill.eval.protocol import Protocol, list_hash
@@ -53,11 +54,10 @@ def training_samples(count: int) -> list[BenchmarkSample]:
 
 
 def _chosen(list_file: Path) -> list[str]:
-    keys = [line.split()[0] for line in list_file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    unknown = [key for key in keys if key not in _KEYS]
-    if unknown or not keys:
-        problem = f"{unknown[0]!r} is not a view of this benchmark" if unknown else "the list is empty"
-        raise LookupError(f"{list_file}: {problem}; its views are {next(iter(_KEYS))!r} and {len(_KEYS) - 1} more")
+    keys = [line.split()[0] for line in read_names(list_file)]
+    if unknown := [key for key in keys if key not in _KEYS]:
+        views = f"its views are {next(iter(_KEYS))!r} and {len(_KEYS) - 1} more"
+        raise LookupError(f"{list_file}: {unknown[0]!r} is not a view of this benchmark; {views}")
     return keys
 
 

@@ -346,8 +346,12 @@ def test_order_is_strict_and_failures_take_the_accuracy_away(tmp_path):
     assert got(allow_failed=True).metrics["accuracy"] == 1.0
     (tmp_path / "list.txt").write_text("images/indoor/a.jpg\n")
     assert got(list_file=tmp_path / "list.txt").num_images == 1
-    for content, message in (("images/indoor/a.jpg\nc.jpg\n", "c.jpg is not in annotations.json"), ("\n", "is empty")):
-        (tmp_path / "bad.txt").write_text(content)
+    for content, message in (
+        (b"images/indoor/a.jpg\nc.jpg\n", "c.jpg is not in annotations.json"),
+        (b"\n", "empty"),
+        (b"caf\xe9\n", r"bad\.txt: not UTF-8"),
+    ):
+        (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             got(list_file=tmp_path / "bad.txt")
     assert [f.level for f in check_benchmark("da2k", tmp_path)][0] == "ok"
