@@ -130,8 +130,8 @@ class Files:
         except BadImageError as error:
             raise OSError(f"{self.root}: {name} is not a readable image ({error})") from error
 
-    def png(self, name: str) -> np.ndarray:
-        """A map of one channel as it is stored, (H,W)."""
+    def map(self, name: str) -> np.ndarray:
+        """A map of one channel as it is stored, (H,W), in any format of distill.data.maps."""
         try:
             return maps.decode_map(self.read(name), name)
         except maps.BadMapError as error:
@@ -139,7 +139,7 @@ class Files:
 
     def codes(self, name: str) -> np.ndarray:
         """A map of 16-bit integers, (H,W); OSError for one that a tool reduced to eight: its numbers mean others."""
-        values = self.png(name)
+        values = self.map(name)
         if values.dtype.itemsize == 1:
             raise OSError(f"{self.root}: {name} {maps.REDUCED}")
         return values
@@ -152,13 +152,6 @@ class Files:
                 return np.array(image.convert(mode) if mode else image)
         except (OSError, SyntaxError, ValueError) as error:
             raise OSError(f"{self.root}: {name} is not a readable image ({error})") from error
-
-    def npy(self, name: str) -> np.ndarray:
-        """A .npy map, (H,W)."""
-        try:
-            return maps.decode_map(self.read(name), name)
-        except maps.BadMapError as error:
-            raise OSError(f"{self.root}: {name}: {error}") from error
 
 
 def published(
@@ -203,7 +196,7 @@ def rows_of_list(files: Files, list_file: Path | str, layout: FileLayout) -> Row
 def rows_found(files: Files, protocol: Protocol, layout: FileLayout) -> tuple[Rows, Rows]:
     """The rows that the layout's rule finds, and those that lack a file; their names become aliases of the files."""
     rows = layout.rows(files.names())
-    if not _is_published(protocol, rows[0]):
+    if not _is_published(protocol, [row[0] for row in rows[0]]):
         aliases = _find_aliases(files, layout, layout.rows, protocol)
         if aliases:
             files.set_aliases(aliases)
@@ -256,14 +249,14 @@ def _check_copies(files: Files, best: Mapping[str, str], other: Mapping[str, str
             )
 
 
-def _is_published(protocol: Protocol, rows: Rows) -> bool:
-    keys = [row[0] for row in rows]
+def _is_published(protocol: Protocol, keys: Sequence[str]) -> bool:
     return len(keys) == protocol.num_images and list_hash(keys) == protocol.list_sha256
 
 
 def _worth(protocol: Protocol | None, rows: Rows, broken: Rows) -> tuple[bool, int, int]:
     """The rank of rows in a search: the published ones are worth more than any number of others."""
-    return protocol is not None and _is_published(protocol, rows), len(rows), 0 if rows else len(broken)
+    is_published = protocol is not None and _is_published(protocol, [row[0] for row in rows])
+    return is_published, len(rows), 0 if rows else len(broken)
 
 
 def ranged(depth: np.ndarray, protocol: Protocol, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -311,7 +304,7 @@ def _check_listed(files: Files, protocol: Protocol, layout: FileLayout, keys: Se
 
     broken: images that lack a file. Without a published list, one of them is an error: its score would go unnoticed.
     """
-    if len(keys) == protocol.num_images and list_hash(keys) == protocol.list_sha256:
+    if _is_published(protocol, keys):
         return
     lack = ""
     if broken:

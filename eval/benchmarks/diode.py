@@ -7,14 +7,14 @@ Source: prs-eth/Marigold, src/dataset/diode_dataset.py. Groups: indoors, outdoor
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from distill.core.depth import DepthMap
-from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
-from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, check_unit, published
+from distill.eval.benchmarks import BenchmarkSample, Download
+from distill.eval.benchmarks._depth import depth_samples
+from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, check_unit
 from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.protocol import Protocol
 
@@ -54,13 +54,7 @@ DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The images, by the published list or by rule: every X.png with its X_depth.npy and X_depth_mask.npy."""
-    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
-    return [
-        BenchmarkSample(
-            rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth, mask), _group(rgb)
-        )
-        for rgb, depth, mask in rows
-    ]
+    return depth_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth, group=_group)
 
 
 def _group(rgb: str) -> str:
@@ -69,7 +63,7 @@ def _group(rgb: str) -> str:
 
 
 def _truth(files: Files, depth: str, mask: str) -> DepthMap:
-    metres, valid = files.npy(depth).astype(np.float32), np.nan_to_num(files.npy(mask)).astype(bool)
+    metres, valid = files.map(depth).astype(np.float32), np.nan_to_num(files.map(mask)).astype(bool)
     if metres.ndim != 2 or metres.shape != valid.shape:
         raise OSError(f"{files.root}: {depth} and its mask have the shapes {metres.shape} and {valid.shape}")
     check_unit(metres, valid, PROTOCOL, f"{files.root}: {depth}")

@@ -9,12 +9,12 @@ becomes 1000 m. Source: prs-eth/Marigold, src/dataset/eth3d_dataset.py, script/d
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 
 from distill.core.depth import DepthMap
-from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
-from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, published, ranged
+from distill.eval.benchmarks import BenchmarkSample, Download
+from distill.eval.benchmarks._depth import depth_samples
+from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, ranged
 from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.protocol import Protocol
 
@@ -72,11 +72,7 @@ DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The images, by the published list or by rule: every rgb with a depth partner."""
-    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
-    return [
-        BenchmarkSample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth))
-        for rgb, depth in rows
-    ]
+    return depth_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth)
 
 
 def _truth(files: Files, name: str) -> DepthMap:

@@ -12,7 +12,7 @@ import numpy as np
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download
-from distill.eval.benchmarks._edges import edge_protocol, edge_samples
+from distill.eval.benchmarks._depth import depth_samples, edge_protocol
 from distill.eval.benchmarks._files import Files, as_truth
 from distill.eval.benchmarks._layouts import FileLayout, ListRow
 
@@ -37,12 +37,12 @@ DOWNLOAD = Download(
 
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The photographs, by name."""
-    return edge_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth)
+    return depth_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth)
 
 
-def _truth(files: Files, row: ListRow) -> DepthMap:
-    metres = (files.codes(row[1]) * (50.0 / 65535.0)).astype(np.float32)
-    masks = [files.png(name) > 0 for name in row[2:]]
-    if any(mask.shape != metres.shape for mask in masks):
-        raise OSError(f"{files.root}: {row[1]} and its masks have different sizes")
-    return as_truth(metres, (metres > 0) & masks[0] & masks[1])
+def _truth(files: Files, depth: str, *masks: str) -> DepthMap:
+    metres = (files.codes(depth) * (50.0 / 65535.0)).astype(np.float32)
+    known, opaque = (files.map(mask) > 0 for mask in masks)
+    if not known.shape == opaque.shape == metres.shape:
+        raise OSError(f"{files.root}: {depth} and its masks have different sizes")
+    return as_truth(metres, (metres > 0) & known & opaque)

@@ -9,15 +9,15 @@ prs-eth/Marigold, src/dataset/kitti_dataset.py.
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from distill.core.depth import DepthMap
-from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
-from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, published, ranged
+from distill.eval.benchmarks import BenchmarkSample, Download
+from distill.eval.benchmarks._depth import depth_samples
+from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, ranged
 from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.protocol import Protocol
 
@@ -73,11 +73,7 @@ DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The images with ground truth, by the published list or by rule: every ground-truth png with its rgb."""
-    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
-    return [
-        BenchmarkSample(rgb, prediction_path(rgb), partial(_image, files, rgb), partial(_truth, files, depth))
-        for rgb, depth in rows
-    ]
+    return depth_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth, image=_image)
 
 
 def _image(files: Files, name: str) -> Tensor:

@@ -14,7 +14,8 @@ import numpy as np
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download, _nyu_mat, prediction_path
-from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, published, ranged
+from distill.eval.benchmarks._depth import depth_samples
+from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, ranged
 from distill.eval.benchmarks._layouts import FileLayout, ListRow, read_list
 from distill.eval.protocol import Protocol
 
@@ -55,11 +56,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
             BenchmarkSample(key, prediction_path(key), partial(_nyu_mat.rgb, mat, key), partial(_truth_of, mat, key))
             for key in keys
         ]
-    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
-    return [
-        BenchmarkSample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth))
-        for rgb, depth in rows
-    ]
+    return depth_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth)
 
 
 def container(root: Path | str | None) -> Path | None:

@@ -6,12 +6,12 @@ millimetres at the colour image's size. Source: prs-eth/Marigold, src/dataset/sc
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from distill.core.depth import DepthMap
-from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
-from distill.eval.benchmarks._files import Files, as_truth, published, ranged
+from distill.eval.benchmarks import BenchmarkSample, Download
+from distill.eval.benchmarks._depth import depth_samples
+from distill.eval.benchmarks._files import Files, as_truth, ranged
 from distill.eval.benchmarks._layouts import FileLayout, ListRow
 from distill.eval.protocol import Protocol
 
@@ -49,11 +49,7 @@ DOWNLOAD = Download(
 
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The images, by the published list or by rule: every SCENE/color/N.jpg with its SCENE/depth/N.png."""
-    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
-    return [
-        BenchmarkSample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth))
-        for rgb, depth in rows
-    ]
+    return depth_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth)
 
 
 def _truth(files: Files, name: str) -> DepthMap:

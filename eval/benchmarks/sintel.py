@@ -1,10 +1,9 @@
 """MPI Sintel, the training frames of the animated film with their rendered depth: boundary F1.
 
 Root: the folder that holds training/final/SCENE/frame_N.png (MPI-Sintel-complete) and training/depth/SCENE/frame_N.dpt
-(MPI-Sintel-depth), unpacked into one or beside each other. A .dpt is the float32 202021.25, width and height as int32,
-and float32 metres, all little-endian. list_file: frames to use, one per line. Which frames and which pass (final,
-clean) were scored is not published; the final pass of all training frames is ours. The sky is rendered far away and is
-left out of the fit.
+(MPI-Sintel-depth), unpacked into one or beside each other. A .dpt is in metres. list_file: frames to use, one per line.
+Which frames and which pass (final, clean) were scored is not published; the final pass of all training frames is ours.
+The sky is rendered far away and is left out of the fit.
 """
 
 from __future__ import annotations
@@ -16,11 +15,9 @@ import numpy as np
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download
-from distill.eval.benchmarks._edges import edge_protocol, edge_samples
+from distill.eval.benchmarks._depth import depth_samples, edge_protocol
 from distill.eval.benchmarks._files import Files, as_truth
 from distill.eval.benchmarks._layouts import FileLayout, ListRow
-
-_TAG = np.float32(202021.25)
 
 PROTOCOL = edge_protocol("sintel", farthest=100.0, mask="finite positive depth")
 
@@ -56,15 +53,11 @@ DOWNLOAD = Download(
 
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The frames, by scene and number."""
-    return edge_samples(
+    return depth_samples(
         root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth, group=lambda rgb: rgb.split("/")[2]
     )
 
 
-def _truth(files: Files, row: ListRow) -> DepthMap:
-    data = files.read(row[1])
-    width, height = (int(n) for n in np.frombuffer(data[4:12], "<i4")) if len(data) > 12 else (0, 0)
-    if len(data) != 12 + 4 * width * height or np.frombuffer(data[:4], "<f4")[0] != _TAG:
-        raise OSError(f"{files.root}: {row[1]} is cut short, or not a depth file of Sintel")
-    metres = np.frombuffer(data[12:], "<f4").reshape(height, width).astype(np.float32)
+def _truth(files: Files, depth: str) -> DepthMap:
+    metres = files.map(depth).astype(np.float32)
     return as_truth(metres, np.isfinite(metres) & (metres > 0))

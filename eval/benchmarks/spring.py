@@ -1,23 +1,21 @@
 """Spring, the left training frames of the animated film with their rendered disparity: boundary F1.
 
 Root: the folder that holds train/SEQ/frame_left/frame_left_N.png, train/SEQ/disp1_left/disp1_left_N.dsp5 and
-train/SEQ/cam_data/intrinsics.txt, as published. A .dsp5 is HDF5 (h5py reads it) with a data set "disparity" of twice
-the image's height and width, in pixels of the image; every second row and column is used, which is ours. Depth is
-fx x 0.065 m / disparity, fx from the N-th line of the intrinsics. No disparity means the sky, far away; NaN means no
-truth. list_file: frames to use, one per line. Which frames were scored is not published.
+train/SEQ/cam_data/intrinsics.txt, as published. A .dsp5 is HDF5 with a data set "disparity" of twice the image's height
+and width, in pixels of the image; every second row and column is used, which is ours. Depth is fx x 0.065 m /
+disparity, fx from the N-th line of the intrinsics. No disparity means the sky, far away; NaN means no truth. list_file:
+frames to use, one per line. Which frames were scored is not published.
 """
 
 from __future__ import annotations
 
-import importlib
-import io
 from pathlib import Path
 
 import numpy as np
 
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download
-from distill.eval.benchmarks._edges import edge_protocol, edge_samples
+from distill.eval.benchmarks._depth import depth_samples, edge_protocol
 from distill.eval.benchmarks._files import Files, as_truth
 from distill.eval.benchmarks._layouts import FileLayout, ListRow
 
@@ -57,29 +55,17 @@ DOWNLOAD = Download(
 
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The left frames, by sequence and number."""
-    return edge_samples(
+    return depth_samples(
         root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth, group=lambda rgb: rgb.split("/")[1]
     )
 
 
-def _truth(files: Files, row: ListRow) -> DepthMap:
-    disparity = _disparity(files, row[1])[::2, ::2]
-    number = int(row[0].removesuffix(".png").rpartition("_")[2])
+def _truth(files: Files, dsp5: str, intrinsics: str) -> DepthMap:
+    disparity = files.map(dsp5)[::2, ::2].astype(np.float32)
+    number = int(dsp5.removesuffix(".dsp5").rpartition("_")[2])
     try:
-        focal = float(files.read(row[2]).decode().splitlines()[number - 1].split()[0])
+        focal = float(files.read(intrinsics).decode().splitlines()[number - 1].split()[0])
     except (ValueError, IndexError) as error:
-        raise OSError(f"{files.root}: {row[2]} has no focal length for frame {number}") from error
+        raise OSError(f"{files.root}: {intrinsics} has no focal length for frame {number}") from error
     depth = np.where(disparity > 0, focal * BASELINE / np.maximum(disparity, 1e-9), _SKY).astype(np.float32)
     return as_truth(np.minimum(depth, np.float32(_SKY)), np.isfinite(disparity))
-
-
-def _disparity(files: Files, name: str) -> np.ndarray:
-    try:
-        h5py = importlib.import_module("h5py")
-    except ImportError as error:
-        raise OSError(f"{name} is HDF5: pip install h5py to read Spring") from error
-    try:
-        with h5py.File(io.BytesIO(files.read(name)), "r") as file:
-            return np.asarray(file["disparity"], np.float32)
-    except (OSError, KeyError) as error:
-        raise OSError(f"{files.root}: {name} is not a disparity map of Spring ({error})") from error

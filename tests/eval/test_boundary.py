@@ -6,7 +6,6 @@ import io
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -229,7 +228,7 @@ def test_a_cut_depth_file_is_a_line(tmp_path):
     path = root / FRAME.replace("final", "depth").replace(".png", ".dpt")
     path.write_bytes(path.read_bytes()[:-4])
     got = scored(tmp_path, "sintel", "metric_depth", {FRAME: step()}, root)
-    assert got.num_failed == 1 and "frame_0001.dpt is cut short, or not a depth file of Sintel" in got.problems()[0]
+    assert got.num_failed == 1 and "frame_0001.dpt: not a whole .dpt" in got.problems()[0]
 
 
 def test_ibims_leaves_its_masks_out(tmp_path):
@@ -249,30 +248,16 @@ def test_ibims_leaves_its_masks_out(tmp_path):
     assert int(sample.truth().valid.sum()) == valid.sum()
 
 
-class FakeH5(ModuleType):
-    """Reads .npz where h5py reads HDF5."""
-
-    class File:
-        def __init__(self, file: io.BytesIO, mode: str) -> None:
-            self.file = np.load(file)
-
-        def __enter__(self) -> object:
-            return self.file
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-
 def test_springs_disparity_has_twice_the_size_and_a_sky(tmp_path, monkeypatch):
     disparity = np.kron(1000 * 0.065 / step(), np.array([[1, 2], [3, 4]], np.float32))
     disparity[:4], disparity[-2:] = 0.0, np.nan
     buffer = io.BytesIO()
-    np.savez(buffer, disparity=disparity)
+    with pytest.importorskip("h5py").File(buffer, "w") as file:
+        file.create_dataset("disparity", data=disparity.astype(np.float32), compression="gzip")
     rgb = "train/0001/frame_left/frame_left_0002.png"
     write(tmp_path / "spring" / rgb, png(np.zeros((40, 56, 3), np.uint8)))
     write(tmp_path / "spring/train/0001/disp1_left/disp1_left_0002.dsp5", buffer.getvalue())
     write(tmp_path / "spring/train/0001/cam_data/intrinsics.txt", b"500 500 0 0\n1000 1000 0 0\n")
-    monkeypatch.setitem(sys.modules, "h5py", FakeH5("h5py"))
     (sample,) = find("distill.eval.benchmarks", "spring").samples(tmp_path)
     truth = sample.truth()
     assert truth.values.shape == (1, 40, 56) and float(truth.values[0, 0, 0]) == pytest.approx(1e6)
@@ -282,7 +267,7 @@ def test_springs_disparity_has_twice_the_size_and_a_sky(tmp_path, monkeypatch):
     got = scored(tmp_path, "spring", "metric_depth", {rgb: pred}, tmp_path)
     assert got.metrics["boundary_f1"] == pytest.approx(1.0)
     monkeypatch.setitem(sys.modules, "h5py", None)
-    assert "pip install h5py" in scored(tmp_path, "spring", "metric_depth", {rgb: pred}, tmp_path).problems()[0]
+    assert "pip install" in scored(tmp_path, "spring", "metric_depth", {rgb: pred}, tmp_path).problems()[0]
 
 
 def test_lists_of_images_may_have_spaces_and_the_archives_name(tmp_path):
