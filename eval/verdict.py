@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -207,33 +208,26 @@ def judge(
     images = sum(len(column) for column in table[0][0])
     drawn = by_image_draws(table) if images > len(table[0][0]) else None
 
-    def gain(of: np.ndarray, a: str, b: str) -> np.ndarray:
+    def gain(a: str, b: str, of: np.ndarray) -> np.ndarray:
         value_a, value_b = of[..., place[a], :], of[..., place[b], :]
         return (value_b - value_a if lower_is_better else value_a - value_b) / value_b
 
-    def decided(effect: np.ndarray, under: np.ndarray | None) -> Verdict:
-        mean = None if under is None else under.mean(-1)
-        return _judged(effect, mean, images, claim=claim, equivalence=equivalence)
+    def decided(effect: Callable[[np.ndarray], np.ndarray], pair: tuple[str, str] = ("", "")) -> Verdict:
+        under = None if drawn is None else effect(drawn).mean(-1)
+        return replace(_judged(effect(plain), under, images, claim=claim, equivalence=equivalence), pair=pair)
 
     if claim == "gap_grows":
         (a, *_, c), (b, *_, d) = first, second
-        wider = None if drawn is None else gain(drawn, c, d) - gain(drawn, a, b)
-        return decided(gain(plain, c, d) - gain(plain, a, b), wider)
+        return decided(lambda of: gain(c, d, of) - gain(a, b, of))
     if claim in BOUNDED:
         sign = 1.0 if claim == "below" else -1.0
 
-        def room(of: np.ndarray, a: str) -> np.ndarray:
+        def room(a: str, of: np.ndarray) -> np.ndarray:
             return sign * (bound - of[..., place[a], :]) / bound
 
-        row_verdicts = [decided(room(plain, a), None if drawn is None else room(drawn, a)) for a in first]
-        verdicts = [replace(verdict, pair=(a, f"{bound:g}")) for a, verdict in zip(first, row_verdicts, strict=True)]
-        return _weakest(verdicts, claim)
-    verdicts = [
-        replace(decided(gain(plain, a, b), None if drawn is None else gain(drawn, a, b)), pair=(a, b))
-        for a, b in itertools.product(first, second)
-        if a != b
-    ]
-    return _weakest(verdicts, claim)
+        return _weakest([decided(partial(room, a), (a, f"{bound:g}")) for a in first], claim)
+    pairs = [(a, b) for a, b in itertools.product(first, second) if a != b]
+    return _weakest([decided(partial(gain, a, b), (a, b)) for a, b in pairs], claim)
 
 
 def _weakest(verdicts: Sequence[Verdict], claim: str) -> Verdict:
