@@ -22,18 +22,11 @@ from torch import Tensor
 
 from distill.core.depth import UNKNOWNS, DepthMap, Kind, KindError
 from distill.eval.metrics import NUM_SUMS, block_sums
-from distill.eval.protocol import Protocol
+from distill.eval.protocol import Protocol, choice_of
 
 MARIGOLD_FLOOR = 1e-3
 _EPS = float(np.finfo(np.float64).eps)
 _BLOCK = 65536  # pixels: float32 maps of this size stay in the cache with their temporaries
-# The prefix of an alignment of distill.eval.protocol -> what it fits.
-_FIT_OF_ALIGNMENT = {
-    "scale and shift": "affine",
-    "scale by medians": "median",
-    "scale of least relative error": "l1",
-    "scale": "scale",
-}
 
 
 class NoGroundTruthError(ValueError):
@@ -83,7 +76,7 @@ def alignment_plan(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPla
 
     alignment: a protocol's, which decides what to fit; "" fits what the kinds leave unknown.
     """
-    requested = next((fit for words, fit in _FIT_OF_ALIGNMENT.items() if alignment.startswith(words)), kind.unknown)
+    requested = choice_of(alignment) or kind.unknown
     if requested in ("median", "l1") and truth.unknown == "affine":
         raise KindError(f"alignments median and l1 fit a scale only, but {truth} has an unknown shift too; use auto")
     unknown = requested if requested in ("median", "l1") else max(requested, truth.unknown, key=UNKNOWNS.index)
@@ -132,7 +125,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
         fit_pixels = (flat_pred, flat_truth)
         if protocol.fit_columns and not plan.invert and not protocol.space:
             fit_pixels = _fewer_columns(pred, values, valid, protocol.fit_columns)
-        scale, shift = _fit(*fit_pixels, path=plan, positive=protocol.fit_positive, offset=protocol.offset_positive)
+        scale, shift = _fit(*fit_pixels, plan=plan, positive=protocol.fit_positive, offset=protocol.offset_positive)
         if scale < 0:
             notes.append(f"the fitted scale is negative ({scale:.3g}): is the prediction really {kind}?")
     sums, floors = _total(flat_pred, flat_truth, scale, shift, plan, protocol)
@@ -214,10 +207,10 @@ def _in_range(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> tuple[
 
 
 def _notes(
-    pred: np.ndarray, lowest: float, highest: float, kind: Kind, path: AlignmentPlan, protocol: Protocol
+    pred: np.ndarray, lowest: float, highest: float, kind: Kind, plan: AlignmentPlan, protocol: Protocol
 ) -> list[str]:
     notes = ["constant prediction"] if lowest == highest and len(pred) > 1 else []
-    if lowest <= 0 and path.unknown != "affine":
+    if lowest <= 0 and plan.unknown != "affine":
         notes.append(f"{int((pred <= 0).sum())} of the {len(pred)} scored pixels are not positive")
     if highest <= 0 and kind == Kind.AFFINE_DISPARITY and protocol.fit_positive and not protocol.offset_positive:
         notes.append("no positive prediction: Marigold's fit uses positive pixels only, so there was nothing to fit")
@@ -254,27 +247,27 @@ def _gather(valid: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[n
 
 
 def _fit(
-    pred: np.ndarray, truth: np.ndarray, *, path: AlignmentPlan, positive: bool, offset: bool
+    pred: np.ndarray, truth: np.ndarray, *, plan: AlignmentPlan, positive: bool, offset: bool
 ) -> tuple[float, float]:
     """Least-squares scale and shift (float32 numbers) from prediction to truth in the quantity of the fit.
 
     positive: use only pixels where both are positive. offset: as if a constant made the prediction positive first; an
     affine fit cancels the constant, so none is added.
     """
-    offset = offset and path.unknown == "affine"
-    invert = path.fit != path.quantity
-    if path.unknown == "median":
+    offset = offset and plan.unknown == "affine"
+    invert = plan.fit != plan.quantity
+    if plan.unknown == "median":
         return _median_scale(pred, truth, invert=invert, positive=positive), 0.0
-    if path.unknown == "l1":
+    if plan.unknown == "l1":
         return _l1_scale(pred, truth, invert=invert), 0.0
     origin = 0.0
-    if len(pred) and path.unknown == "affine":
+    if len(pred) and plan.unknown == "affine":
         # A pixel that the fit uses: about a value that it leaves out, such as -1e9 for "none", the moments lose all.
-        apart = path.fit == "disparity" and positive and not offset and pred[0] <= 0
+        apart = plan.fit == "disparity" and positive and not offset and pred[0] <= 0
         origin = float(pred[np.argmax(pred > 0)] if apart else pred[0])
     count, moments = 0, torch.zeros(4, dtype=torch.float64)
     for p, t in _blocks(pred, truth):
-        if path.fit == "disparity" and positive and min(float(p.min()), float(t.min())) <= 0:
+        if plan.fit == "disparity" and positive and min(float(p.min()), float(t.min())) <= 0:
             usable = (t > 0) if offset else (p > 0) & (t > 0)
             p, t = p[usable], t[usable]
         if invert:
@@ -285,7 +278,7 @@ def _fit(
     if not count:
         return 0.0, 0.0
     sum_p, sum_t, sum_pp, sum_pt = moments.tolist()
-    if path.unknown == "scale":
+    if plan.unknown == "scale":
         return (float(np.float32(sum_pt / sum_pp)) if sum_pp > 0 else 0.0), 0.0
     return _solve(count, sum_p / count, sum_t / count, sum_pp / count, sum_pt / count, origin)
 
@@ -334,16 +327,16 @@ def _solve(count: int, p: float, t: float, pp: float, pt: float, origin: float) 
 
 
 def _total(
-    pred: np.ndarray, truth: np.ndarray, scale: float, shift: float, path: AlignmentPlan, protocol: Protocol
+    pred: np.ndarray, truth: np.ndarray, scale: float, shift: float, plan: AlignmentPlan, protocol: Protocol
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sums of the aligned and clipped prediction, and those under each disparity floor with the plain range."""
     low, high = 1e-6, float("inf")
-    if path.metres:
+    if plan.metres:
         low, high = max(low, protocol.min_depth), protocol.max_depth
     tight = (low, high)
-    if protocol.clip == "truth" and path.unknown == "affine":
+    if protocol.clip == "truth" and plan.unknown == "affine":
         tight = (max(low, float(truth.min())), min(high, float(truth.max())))
-    if path.fit == path.quantity:
+    if plan.fit == plan.quantity:
         total = torch.zeros(NUM_SUMS, dtype=torch.float64)
         for p, t in _blocks(pred, truth):
             total += block_sums(_scaled(p, scale, shift).clamp_(*tight), t)

@@ -62,6 +62,11 @@ def alignment(kind: Kind, choice: str = "auto") -> str:
     return ALIGNMENTS[kind] if choice == "auto" else f"{_WORDS[choice]} in {kind.quantity}"
 
 
+def choice_of(words: str) -> str:
+    """The choice that `alignment` put into these words; "" for "none" and for no words."""
+    return next((choice for choice, start in _WORDS.items() if words.rpartition(" in ")[0] == start), "")
+
+
 class ProtocolError(ValueError):
     """Numbers of different protocols were to be compared; the message says where the protocols differ."""
 
