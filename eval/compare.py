@@ -78,16 +78,15 @@ def predict_missing(
     """
     store = folder / entrant.name
     settings = json.loads(json.dumps(dict(entrant.settings)))
-    stored = read_settings(store)
+    stored, stored_card = read_settings(store), _read_card(store)
     complete = all((store / sample.prediction_path).is_file() for sample in samples)
-    if complete and stored is not None and (table := _read_table(store)):
-        takes_focal = table.get("takes_focal", FOCAL.items() <= stored["settings"].items())
+    if complete and stored and stored_card:
+        takes_focal = stored_card.get("takes_focal", FOCAL.items() <= stored["settings"].items())
         gives_focal = takes_focal and any(sample.focal for sample in samples)
         if stored["settings"] == settings | (FOCAL if gives_focal else {}):
             return 0
     cost = Cost()
     teacher = cost.load_and_measure(entrant.load)
-    stored_card = _read_card(store)
     if stored_card and stored_card["card"]["revision"] != teacher.card.revision:
         raise ValueError(
             f"{store} holds predictions made with other weights (revision {stored_card['card']['revision']}, now "
@@ -110,11 +109,7 @@ def predict_missing(
 
 
 def _read_card(store: Path) -> dict[str, Any] | None:
-    table = _read_table(store)
-    return None if table is None else {key: table[key] for key in ("card", "cost")}
-
-
-def _read_table(store: Path) -> dict[str, Any] | None:
+    """What `predict_missing` wrote of the model: "card", "cost" and "takes_focal"; None where there is nothing."""
     path = store / CARD
     if not path.is_file():
         return None
@@ -276,15 +271,21 @@ def compare(
 
 
 def _model(name: str, folder: Path, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    info = _read_card(folder / name)
-    if info is None:
+    table, stored = _read_card(folder / name), read_settings(folder / name)
+    if table is None or stored is None:
         raise BadPredictionError(f"{folder / name} has no {CARD}: delete the folder and compare again")
     measured = [image["models"][name] for image in images if name in image["models"]]
     numbers = {
         key: _mean([row.get(key) for row in measured]) for key in dict.fromkeys(k for row in measured for k in row)
     }
-    settings = read_settings(folder / name) or {"settings": {}}
-    return {"name": name, **info, "settings": settings["settings"], "images": len(measured), "numbers": numbers}
+    return {
+        "name": name,
+        "card": table["card"],
+        "cost": table["cost"],
+        "settings": stored["settings"],
+        "images": len(measured),
+        "numbers": numbers,
+    }
 
 
 def _means(images: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:

@@ -254,37 +254,37 @@ def _summary(
     task: Task, results: Sequence[tuple[ImageScore, ImageErrors | None]], allow_failed: bool
 ) -> dict[str, Any]:
     """Means, pooled values, floors and groups of a Score; None instead of a mean over only some of the images."""
-    images = [image for image, _ in results]
     measured = [m for _, m in results if m is not None]
-    failed = any(image.failed for image in images)
-    withheld = failed and not allow_failed
+    failed = any(image.failed for image, _ in results)
+    shown = measured if allow_failed or not failed else []
+    metres = all(m.metres for m in measured)
     groups: dict[str, dict[str, Any]] = {}
-    for group in sorted({image.group for image in images} - {""}):
+    for group in sorted({image.group for image, _ in results} - {""}):
         members = [(image, m) for image, m in results if image.group == group]
         group_failed = sum(image.failed for image, _ in members)
         usable = [] if group_failed and not allow_failed else [m for _, m in members if m is not None]
         mean = _headline(task, [m.sums for m in usable], metres=all(m.metres for m in usable))
         groups[group] = {"num_images": len(members), "num_failed": group_failed, "metrics": mean}
-    metres = all(m.metres for m in measured)
-    floors = {}
-    for name in measured[0].floors if measured and not withheld else ():
-        floors[name] = _headline(task, [m.floors[name] for m in measured if name in m.floors], metres=metres)
-    metrics = _headline(task, [] if withheld else [m.sums for m in measured], metres=metres)
-    pooled: Means = dict.fromkeys(task.rows)
-    if measured and not withheld:
-        pooled_values = finite(_values(task, torch.stack([m.sums for m in measured]).sum(0)))
-        pooled |= _of_known_units(task, pooled_values, metres)
-    if task.group_mean and groups and not withheld:
+    floors = {
+        name: _headline(task, [m.floors[name] for m in shown if name in m.floors], metres=metres)
+        for name in (shown[0].floors if shown else ())
+    }
+    metrics = _headline(task, [m.sums for m in shown], metres=metres)
+    if task.group_mean and groups and (allow_failed or not failed):
         metrics[task.group_mean] = _group_mean(task, groups)
-    errors = [abs(m.scale_error) for m in measured if m.scale_error is not None and not withheld]
+    pooled: Means = dict.fromkeys(task.rows)
+    if shown:
+        pooled_values = finite(_values(task, torch.stack([m.sums for m in shown]).sum(0)))
+        pooled |= _of_known_units(task, pooled_values, metres)
+    errors = [abs(m.scale_error) for m in shown if m.scale_error is not None]
     return {
-        "scale_error": math.fsum(errors) / len(errors) if errors and len(errors) == len(measured) else None,
+        "scale_error": math.fsum(errors) / len(errors) if errors and len(errors) == len(shown) else None,
         "metrics": metrics,
         "pooled": pooled,
         "floors": floors,
         "groups": groups,
         "partial": failed and allow_failed,
-        "nonpositive": math.fsum(m.nonpositive for m in measured if isinstance(m, ImageErrors)) / max(1, len(measured)),
+        "nonpositive": math.fsum(m.nonpositive for m in measured) / max(1, len(measured)),
     }
 
 

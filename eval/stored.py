@@ -152,7 +152,7 @@ def read_prediction(
             raise BadPredictionError(
                 f"the truth is {size}, but its image and the map are {values.shape}: store them in one size"
             )
-        if size == values.shape[::-1] and size != values.shape:
+        if size == values.shape[::-1]:
             raise BadPredictionError(
                 f"the map is {values.shape}, but the truth is {size}: it lies on its side; turn it"
             )
