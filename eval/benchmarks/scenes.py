@@ -35,22 +35,23 @@ PROTOCOL = Protocol(
 )
 
 
-def _sample(seed: int) -> BenchmarkSample:
-    key = _key(seed)
+def view_sample(seed: int, size: tuple[int, int] | None = None) -> BenchmarkSample:
+    """A view; size: its (H,W), by default the benchmark's own."""
+    key, view = _key(seed), (seed, size or ((192, 256) if seed % 4 == 3 else (224, 224)))
     group = "outdoors" if key.startswith(OUTDOORS) else "indoors"
-    path, focal = prediction_path(key), partial(_focal, seed)
-    return BenchmarkSample(key, path, partial(_image, seed), partial(_truth, seed), group, focal=focal)
+    path, focal = prediction_path(key), partial(_focal, *view)
+    return BenchmarkSample(key, path, partial(_image, *view), partial(_truth, *view), group, focal=focal)
 
 
 def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The views, by seed. list_file: keys to use ("room_003.png"), one per line."""
     keys = list(_KEYS) if list_file is None else _chosen(Path(list_file))
-    return [_sample(_KEYS[key]) for key in keys]
+    return [view_sample(_KEYS[key]) for key in keys]
 
 
 def training_samples(count: int) -> list[BenchmarkSample]:
     """The first views of the training range, to fit a baseline for the benchmark on."""
-    return [_sample(seed) for seed in TRAIN_SEEDS[:count]]
+    return [view_sample(seed) for seed in TRAIN_SEEDS[:count]]
 
 
 def _chosen(list_file: Path) -> list[str]:
@@ -62,19 +63,19 @@ def _chosen(list_file: Path) -> list[str]:
 
 
 # An image and its truth are requested one after the other, and an ablation requests all of them once per student.
-@lru_cache(maxsize=64)
-def _view(seed: int) -> View:
-    return render(seed, size=(192, 256) if seed % 4 == 3 else (224, 224))
+@lru_cache(maxsize=2 * len(_KEYS))
+def _view(seed: int, size: tuple[int, int]) -> View:
+    return render(seed, size=size)
 
 
-def _image(seed: int) -> Tensor:
-    return _view(seed).image.clone()
+def _image(seed: int, size: tuple[int, int]) -> Tensor:
+    return _view(seed, size).image.clone()
 
 
-def _focal(seed: int) -> float:
-    return _view(seed).focal
+def _focal(seed: int, size: tuple[int, int]) -> float:
+    return _view(seed, size).focal
 
 
-def _truth(seed: int) -> DepthMap:
-    view = _view(seed)
+def _truth(seed: int, size: tuple[int, int]) -> DepthMap:
+    view = _view(seed, size)
     return DepthMap(view.depth[None].clone(), view.valid[None].clone(), Kind.METRIC_DEPTH)
