@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill.core.codes import CodedLabels, CodedMaps, join
 from distill.core.depth import DepthMap, Kind, cat
@@ -69,14 +70,12 @@ def sample_of(
         predicted[name] = {"predicted": str(kind), **_card(teacher), **camera_of(teacher, job.region, kind)}
         if not (shared.count if isinstance(shared, CodedMaps) else shared.valid).any():
             return Rejected(job.origin, job.key, f"{name} has no valid pixel in the region")
-        boxes = job.boxes if local is not None else job.boxes[:, :0]
         if isinstance(shared, CodedMaps):
-            coded[name] = CodedLabels(shared, local, boxes)
+            coded[name] = CodedLabels(shared, local, _boxes(job, local))
             continue
         if isinstance(teacher, Bridged):
             primary = labels[teacher.primary]
             shared, local, predicted[name]["bridge"] = teacher.bridge(shared, local, primary)
-            boxes = job.boxes if local is not None else job.boxes[:, :0]
         if isinstance(teacher, Aligned):
             if job.truth is None:
                 return Rejected(job.origin, job.key, f"no ground truth, which {name} is fitted to")
@@ -84,11 +83,16 @@ def sample_of(
             shared, local = stored(shared, settings.store), None if local is None else stored(local, settings.store)
             predicted[name]["align"] = fit
         supervision = Supervision.of(shared, teacher=name, truth=isinstance(teacher, str))
-        labels[name] = Labels(shared, local, boxes, supervision=supervision)
+        labels[name] = Labels(shared, local, _boxes(job, local), supervision=supervision)
     fits = [f"{name} {drop_reason(table['align']['shared'])}" for name, table in predicted.items() if "align" in table]
     if fits and not any(made.shared.valid.any() for made in labels.values()):
         return Rejected(job.origin, job.key, "; ".join(fits))
     return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted}, coded)
+
+
+def _boxes(job: CropJob, local: object) -> Tensor:
+    """The boxes of a label's patches: all of the job's, or none."""
+    return job.boxes if local is not None else job.boxes[:, :0]
 
 
 def _joined(maps: Sequence[Any]) -> tuple[Any, Any]:
