@@ -13,6 +13,7 @@ from distill.data.scans import scan_from, scan_table
 from distill.data.sources import InputShard, Scan
 from distill.data.storage import is_url
 from distill.labelling.jobs import Teachers
+from distill.labelling.manifest import part_name, sidecar_name
 from distill.labelling.meeting import SPENT, Meeting
 from distill.labelling.parts import Part, Tell, is_done, parts_of
 from distill.shards.shards import hash_keys
@@ -26,6 +27,11 @@ class Place:
     number: int
     images: int
     name: str
+
+    @property
+    def sidecar(self) -> str:
+        """The name of the json beside its tar."""
+        return sidecar_name(self.name)
 
 
 class Board:
@@ -63,24 +69,24 @@ class Board:
         if shard not in self._scanned:
             if len(self._scanned) >= 4:  # 11,000 entries each
                 self._scanned.pop(next(iter(self._scanned)))
-            self._scanned[shard] = parts_of(self._known(self.shards[shard], shard), self.sizes[shard])
+            self._scanned[shard] = parts_of(self._known(self.shards[shard]), self.sizes[shard])
         return self._scanned[shard]
 
-    def _known(self, one: InputShard, shard: int) -> InputShard:
+    def _known(self, shard: InputShard) -> InputShard:
         """A tar with the scan from its note; without a note it is scanned and the note is written."""
-        if not one.is_tar:
-            return one
-        key, now = f"scan-{one.stem}", fingerprint(one)
+        if not shard.is_tar:
+            return shard
+        key, now = f"scan-{shard.stem}", fingerprint(shard)
         note = self.meeting.note(key)
         scan: Scan | None = None
         if note.get("input") == now:
             with suppress(KeyError, TypeError, ValueError):  # a damaged note is written again
-                scan = scan_from(one, note["scan"])
+                scan = scan_from(shard, note["scan"])
         if scan is None:
-            scan = one.scan()
+            scan = shard.scan()
             self.meeting.write_note(key, {"input": now, "scan": scan_table(scan)})
         known = scan
-        return replace(one, scan=lambda: known)
+        return replace(shard, scan=lambda: known)
 
     def look(self, shard: int) -> list[Place]:
         """The parts of a shard. The first worker to look also checks its finished parts with `parts.is_done`."""
@@ -92,8 +98,7 @@ class Board:
             parts = self._parts(shard)
             counts = [len(part.entries) for part in parts]
             for part in parts:
-                sidecar = f"{Path(part.name).stem}.json"
-                if self.meeting.has(sidecar):
+                if self.meeting.has(part.sidecar):
                     check = partial(self._is_stale, part)
                     if check():
                         withdraw(self.meeting, part.name, check)
@@ -104,15 +109,14 @@ class Board:
         return places
 
     def _is_stale(self, part: Part) -> bool:
-        self.meeting.download(f"{Path(part.name).stem}.json")
+        self.meeting.download(part.sidecar)
         return not is_done(self.out, part, self.teachers, manifest={}, tell=self.tell, whole=self.meeting.whole)
 
     def walk(self, start: int) -> Iterator[Place]:
         """Every part, full ones first and then by size, from shard `start` on: workers start at different shards."""
         short: list[Place] = []
-        order = [(start + i) % len(self.shards) for i in range(len(self.shards))]
-        for shard in order:
-            whole = max(self.sizes)
+        whole = max(self.sizes)
+        for shard in (*range(start, len(self.shards)), *range(start)):
             for place in self.look(shard):
                 if place.images < whole:
                     short.append(place)
@@ -151,8 +155,3 @@ def withdraw(meeting: Meeting, name: str, still: Callable[[], bool]) -> None:
                 meeting.withdraw(name)
         finally:
             claim.release()
-
-
-def part_name(stem: str, number: int) -> str:
-    """The name of a part's tar."""
-    return f"{stem}-{number:03d}.tar"

@@ -140,7 +140,8 @@ def finish(
     for shard in shards:
         number, of = 0, 1
         while number < of:
-            path = out / f"{shard.stem}-{number:03d}.json"
+            tar = part_name(shard.stem, number)
+            path = out / sidecar_name(tar)
             if not path.is_file():
                 return False
             try:
@@ -150,7 +151,7 @@ def finish(
             if entry["tar"] is not None and not (whole or is_whole)(out, entry["tar"]):
                 return False
             sidecars.append(entry)
-            sources[f"{shard.stem}-{number:03d}.tar"] = shard.source
+            sources[tar] = shard.source
             number, of = number + 1, entry["of"]
     if (out / MANIFEST).is_file():
         try:
@@ -222,6 +223,16 @@ def _manifest(
             "teachers": {name: {k: c[k] for k in ("licence", "commercial") if k in c} for name, c in cards.items()},
         },
     }
+
+
+def part_name(stem: str, number: int) -> str:
+    """The name of a part's tar."""
+    return f"{stem}-{number:03d}.tar"
+
+
+def sidecar_name(part: str) -> str:
+    """The name of the json beside a part's tar."""
+    return part.removesuffix(".tar") + ".json"
 
 
 def is_whole(out: Path, tar: Mapping[str, Any]) -> bool:

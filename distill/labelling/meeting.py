@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from distill.core import files
 from distill.labelling.leases import LEASE_S, NOTES, SUFFIX, Claim, FolderLeases, Holder, disk_time, files_in
-from distill.labelling.manifest import is_whole
+from distill.labelling.manifest import is_whole, sidecar_name
 from distill.shards.shards import MANIFEST
 
 T = TypeVar("T")
@@ -131,8 +131,7 @@ class Folder:
 
     def begin(self, part: str, claim: Claim) -> None:
         """As Meeting has it: a holder that was too slow cannot rename its partial file any more."""
-        both = (self.out / part, (self.out / part).with_suffix(".json"))
-        names = tuple(files.temporary_name(path).name for path in both)
+        names = tuple(files.temporary_name(self.out / name).name for name in (part, sidecar_name(part)))
         for path in self.out.iterdir():
             if path.name.startswith(names) and not path.name.endswith(claim.suffix):
                 path.unlink(missing_ok=True)
@@ -142,8 +141,8 @@ class Folder:
 
     def withdraw(self, part: str) -> None:
         """As Meeting has it; the tar first, because a tar without its json would look like one not yet described."""
-        for path in (self.out / part, (self.out / part).with_suffix(".json")):
-            path.unlink(missing_ok=True)
+        for name in (part, sidecar_name(part)):
+            (self.out / name).unlink(missing_ok=True)
 
     def download(self, name: str = "") -> None:
         """Nothing to do: they are there."""

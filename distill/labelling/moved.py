@@ -15,7 +15,7 @@ from distill.data.sources import InputShard, identity
 from distill.labelling.parts import Part, parts_of
 from distill.labelling.run import part_sizes
 from distill.labelling.settings import LabelSettings
-from distill.shards.shards import MANIFEST, SETTINGS, DamagedTableError, read_json
+from distill.shards.shards import MANIFEST, SETTINGS, read_json
 
 PLACES = ("tars", "photos", "pairs", "root", "index", "names")
 """Keys of [[images]] that locate images."""
@@ -32,21 +32,17 @@ def is_made_from(
     sized = zip(shards, part_sizes(shards, crops, labels), strict=True)
     for shard, size in [*sized][: 1 if first else None]:
         for part in parts_of(shard, size):
-            if not _is_part_made_from(folder, part):
+            if not _describes(folder / part.sidecar, part):
                 return False
             names.add(part.name)
     return first or all(path.name in names for path in folder.glob("*.tar"))
-
-
-def _is_part_made_from(folder: Path, part: Part) -> bool:
-    return _describes((folder / part.name).with_suffix(".json"), part)
 
 
 def _describes(path: Path, part: Part) -> bool:
     """Whether a part's json describes this part's files."""
     try:
         description = read_json(path)
-    except (FileNotFoundError, DamagedTableError, ValueError):
+    except (FileNotFoundError, ValueError):
         return False
     same = description["images"] == [entry.key for entry in part.entries] and description["of"] == part.of
     return same and bool(description.get("input")) and description["input"] == identity(part.entries)

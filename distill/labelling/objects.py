@@ -16,7 +16,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +25,7 @@ from typing import Any
 
 from distill.core import files
 from distill.labelling.leases import BEATS, LEASE_S, NOTES, SUFFIX, Claim, Holder, LeaseLostError
+from distill.labelling.manifest import sidecar_name
 from distill.labelling.meeting import AGE, LAST, SPENT
 from distill.shards.readme import README
 from distill.shards.shards import MANIFEST
@@ -46,32 +47,24 @@ class _Store:
     def get(self, name: str) -> tuple[bytes, dict[str, Any]] | None:
         import obstore
 
-        try:
+        with self._raising_os_errors(), contextlib.suppress(FileNotFoundError):
             response = obstore.get(self.store, name)
             return bytes(response.bytes()), dict(response.meta)
-        except FileNotFoundError:
-            return None
-        except obstore.exceptions.BaseError as error:
-            raise self._error(error) from error
+        return None
 
     def head(self, name: str) -> dict[str, Any]:
         """Size, e_tag and last_modified; {} where there is no object."""
         import obstore
 
-        try:
+        with self._raising_os_errors(), contextlib.suppress(FileNotFoundError):
             return dict(obstore.head(self.store, name))
-        except FileNotFoundError:
-            return {}
-        except obstore.exceptions.BaseError as error:
-            raise self._error(error) from error
+        return {}
 
     def put(self, name: str, data: bytes | Path) -> None:
         import obstore
 
-        try:
+        with self._raising_os_errors():
             obstore.put(self.store, name, data)
-        except obstore.exceptions.BaseError as error:
-            raise self._error(error) from error
 
     def replace(self, name: str, data: bytes, before: Mapping[str, Any] | None) -> dict[str, Any]:
         """Create the object, or replace its version `before`; raises _Taken where another version is there."""
@@ -80,16 +73,15 @@ class _Store:
         mode: Any = "create"
         if before is not None:
             mode = {key: before[key] for key in ("e_tag", "version") if before.get(key)}
-        try:
-            return dict(obstore.put(self.store, name, data, mode=mode))
-        except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as error:
-            raise _Taken from error
-        except FileNotFoundError as error:
-            if before is None:  # no bucket of this name
-                raise self._error(error) from error
-            raise _Taken from error
-        except obstore.exceptions.BaseError as error:
-            raise self._error(error) from error
+        with self._raising_os_errors():
+            try:
+                return dict(obstore.put(self.store, name, data, mode=mode))
+            except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as error:
+                raise _Taken from error
+            except FileNotFoundError as error:
+                if before is None:  # no bucket of this name
+                    raise self._error(error) from error
+                raise _Taken from error
 
     def lease(self, name: str, token: str, beats: int, before: Mapping[str, Any] | None) -> dict[str, Any]:
         """Write a lease as `replace` does. If a put succeeds but its answer is lost, the client repeats it and is
@@ -120,22 +112,25 @@ class _Store:
         """A folder's objects by name, with size, e_tag and last_modified; without its subfolders."""
         import obstore
 
-        try:
+        with self._raising_os_errors():
             entries = obstore.list_with_delimiter(self.store, prefix=folder or None)["objects"]
-        except obstore.exceptions.BaseError as error:
-            raise self._error(error) from error
         return {entry["path"].rsplit("/", 1)[-1]: dict(entry) for entry in entries}
 
     def delete(self, *names: str) -> None:
         import obstore
 
         for name in names:
-            try:
+            with self._raising_os_errors(), contextlib.suppress(FileNotFoundError):
                 obstore.delete(self.store, name)
-            except FileNotFoundError:
-                continue
-            except obstore.exceptions.BaseError as error:
-                raise self._error(error) from error
+
+    @contextlib.contextmanager
+    def _raising_os_errors(self) -> Iterator[None]:
+        import obstore
+
+        try:
+            yield
+        except obstore.exceptions.BaseError as error:
+            raise self._error(error) from error
 
     def _error(self, error: Exception) -> OSError:
         line = (str(error) or type(error).__name__).splitlines()[0]
@@ -269,13 +264,13 @@ class Objects:
 
     def begin(self, part: str, claim: Claim) -> None:
         """Remove partial files of a killed worker on this disk. Others cannot send: they check their claim first."""
-        for name in (part, str(Path(part).with_suffix(".json"))):
+        for name in (part, sidecar_name(part)):
             for partial_file in self.out.glob(f"{files.temporary_name(self.out / name).name}*"):
                 partial_file.unlink(missing_ok=True)
 
     def deliver(self, part: str, claim: Claim) -> None:
         """As Meeting has it; the local tar is removed."""
-        tar, sidecar = self.out / part, (self.out / part).with_suffix(".json")
+        tar, sidecar = self.out / part, self.out / sidecar_name(part)
         claim.check()
         self._store.put(sidecar.name, sidecar.read_bytes())
         if tar.is_file():
@@ -285,9 +280,8 @@ class Objects:
 
     def withdraw(self, part: str) -> None:
         """As Meeting has it."""
-        sidecar = str(Path(part).with_suffix(".json"))
-        self._store.delete(part, sidecar)
-        for name in (part, sidecar):
+        self._store.delete(part, sidecar_name(part))
+        for name in (part, sidecar_name(part)):
             self._sizes.pop(name, None)
             (self.out / name).unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from distill.core import files
 from distill.core.seal import sealed
 from distill.data.sources import Entry, InputShard, Rejected, identity
 from distill.labelling.jobs import Teachers, asked_about
-from distill.labelling.manifest import is_whole
+from distill.labelling.manifest import is_whole, part_name, sidecar_name
 from distill.shards.codec import VERSION, Sample, dump_json
 from distill.shards.shards import DamagedTableError, index_from_headers, read_json, read_shard
 
@@ -37,7 +37,12 @@ class Part:
     @property
     def name(self) -> str:
         """The name of its tar."""
-        return f"{self.shard.stem}-{self.number:03d}.tar"
+        return part_name(self.shard.stem, self.number)
+
+    @property
+    def sidecar(self) -> str:
+        """The name of the json beside its tar."""
+        return sidecar_name(self.name)
 
 
 def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
@@ -92,7 +97,7 @@ def describe(
         **({"bridge_dropped": contents.dropped} if contents.dropped else {}),
         **({"passed": dict(part.skipped)} if part.skipped else {}),
     }
-    files.write_bytes((out / part.name).with_suffix(".json"), dump_json(sealed(sidecar)), suffix=suffix)
+    files.write_bytes(out / part.sidecar, dump_json(sealed(sidecar)), suffix=suffix)
 
 
 def line_of(rejected: Rejected) -> dict[str, str]:
@@ -134,7 +139,7 @@ def is_done(
     manifest: the folder's, or {}. whole: checks the tar that a json describes. A json that is lost or damaged is
     restored from its tar, where that is whole.
     """
-    sidecar = (out / part.name).with_suffix(".json")
+    sidecar = out / part.sidecar
     described = None
     if sidecar.is_file():
         try:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.labelling.board import part_name
 from distill.labelling.leases import Holder
+from distill.labelling.manifest import part_name, sidecar_name
 from distill.labelling.meeting import AGE, Meeting
 from distill.labelling.worker_costs import records
 from distill.shards.shards import MANIFEST, read_json
@@ -84,7 +84,7 @@ def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
         if f"{stem}-000.json" in written_files:  # made by a run without workers, which writes no notes
             first = _json(meeting, out, f"{stem}-000.json")
             full, of = len(first["images"]), first["of"]
-            last = f"{stem}-{of - 1:03d}.json"
+            last = sidecar_name(part_name(stem, of - 1))
             last_count = len(_json(meeting, out, last)["images"]) if last in written_files else full
             plans[stem] = [full] * (of - 1) + [last_count]
     holders = [holder for holder in meeting.holders() if holder.name.endswith(".tar")]
@@ -94,7 +94,7 @@ def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
     for stem, counts in plans.items():
         for number, count in enumerate(counts):
             name = part_name(stem, number)
-            if name in written_files or (name not in leased and f"{Path(name).stem}.json" in written_files):
+            if name in written_files or (name not in leased and sidecar_name(name) in written_files):
                 finished.add(name)
                 done_images += count
     unknown = len({*stems} - {*plans})

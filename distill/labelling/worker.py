@@ -131,7 +131,7 @@ class _Worker:
         written = self._note_finished()
         missing = [place for name, place in self.board.places.items() if name not in self.done]
         # Only a json: a part whose images are all in quarantine, or one whose writer is between its two files.
-        for place in [p for p in missing if f"{Path(p.name).stem}.json" in written]:
+        for place in [p for p in missing if p.sidecar in written]:
             if self._is_empty(place):
                 self.done.add(place.name)
         held_before = {name: place for name, place in self.held.items() if name not in self.done}
@@ -152,8 +152,15 @@ class _Worker:
         return self.meeting.stamp() not in ("", self.joined)
 
     def _is_empty(self, place: Place) -> bool:
-        self.meeting.download(sidecar := f"{Path(place.name).stem}.json")
-        return _tar_of(self.board.out / sidecar) is None
+        return self._tar_of(place) is None
+
+    def _tar_of(self, place: Place) -> dict[str, Any] | None:
+        """The tar that a part's json describes: None for a part of no samples, {} for a missing or damaged json."""
+        self.meeting.download(place.sidecar)
+        with contextlib.suppress(DamagedTableError, FileNotFoundError):  # or withdrawn by another worker meanwhile
+            tar: dict[str, Any] | None = read_json(self.board.out / place.sidecar)["tar"]
+            return tar
+        return {}
 
     def _try(self, place: Place) -> Claim | None:
         """The part's lease, if no worker holds it and the part is not finished."""
@@ -179,8 +186,7 @@ class _Worker:
         return None
 
     def _is_finished(self, place: Place) -> bool:
-        sidecar = f"{Path(place.name).stem}.json"
-        return self.meeting.has(place.name) or (self.meeting.has(sidecar) and self._is_empty(place))
+        return self.meeting.has(place.name) or (self.meeting.has(place.sidecar) and self._is_empty(place))
 
     def _mark_done(self, place: Place) -> None:
         self.done.add(place.name)
@@ -218,8 +224,7 @@ class _Worker:
                 withdraw(self.meeting, place.name, partial(self._is_broken, place))
 
     def _is_broken(self, place: Place) -> bool:
-        self.meeting.download(sidecar := f"{Path(place.name).stem}.json")
-        tar = _tar_of(self.board.out / sidecar)
+        tar = self._tar_of(place)
         return tar is not None and (not tar or not self.meeting.whole(self.board.out, tar))
 
     def tell(self, *, part: str, tally: Tally | None = None, ended: bool = False) -> None:
@@ -240,14 +245,6 @@ class _Worker:
             with turn(self.meeting, LAST):
                 self.tell(part="", tally=tally, ended=True)
                 settle(self.meeting)
-
-
-def _tar_of(sidecar: Path) -> dict[str, Any] | None:
-    """The tar that a part's json describes: None for a part of no samples, {} where the json is missing or damaged."""
-    with contextlib.suppress(DamagedTableError, FileNotFoundError):  # or withdrawn by another worker meanwhile
-        tar: dict[str, Any] | None = read_json(sidecar)["tar"]
-        return tar
-    return {}
 
 
 @dataclass(frozen=True, slots=True)
