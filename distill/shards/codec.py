@@ -148,17 +148,20 @@ def decode_map(
 
 def read_codes(data: bytes, span: Mapping[str, float | int], *, codec: str, where: str) -> Codes:
     """Return the codes (H,W) of a map's bytes; checks and raises as `decode_map`."""
-    reason = "its checksum is wrong" if span.get("crc32", crc := zlib.crc32(data)) != crc else ""
-    spec = CODECS[codec]
-    codes: NDArray[Any] = np.zeros(0)
+    _check_bytes(data, span, where)
     try:
-        codes = spec.read(data) if not reason else codes
+        codes = CODECS[codec].read(data)
     except ValueError as error:
-        reason = str(error)
-    if reason or codes.dtype != np.uint16 or codes.ndim != 2:
-        reason = reason or f"not a 16-bit map in {codec}"
-        raise OSError(f"{where} is damaged: {reason}; {REPAIR}")
+        raise OSError(f"{where} is damaged: {error}; {REPAIR}") from error
+    if codes.dtype != np.uint16 or codes.ndim != 2:
+        raise OSError(f"{where} is damaged: not a 16-bit map in {codec}; {REPAIR}")
     return codes
+
+
+def _check_bytes(data: bytes, info: Mapping[str, float | int], where: str) -> None:
+    """Raise OSError naming `where` unless a member's bytes have the checksum in `info`. Older labels have none."""
+    if info.get("crc32", crc := zlib.crc32(data)) != crc:
+        raise OSError(f"{where} is damaged: its checksum is wrong; {REPAIR}")
 
 
 UNITS = {"metric_depth": "m", "metric_disparity": "1/m"}
@@ -265,9 +268,8 @@ def _check_record(record: dict[str, Any], where: str) -> None:
 
 
 def _decode_jpg(data: bytes, info: Mapping[str, int], where: str) -> NDArray[np.uint8]:
-    """Return the region (S,S,3); OSError names `where`. Older labels have no checksum for it."""
-    if info.get("crc32", crc := zlib.crc32(data)) != crc:
-        raise OSError(f"{where} is damaged: its checksum is wrong; {REPAIR}")
+    """Return the region (S,S,3); OSError names `where`."""
+    _check_bytes(data, info, where)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
             return np.array(picture)
