@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from distill.data import hdr
+from distill.data import damage, hdr
 
 
 def decode_hdr(data: bytes, kind: str) -> np.ndarray | None:
@@ -56,11 +56,11 @@ def _avif_pixels(data: bytes, bits: int) -> np.ndarray:
 
 def _png_coding(data: bytes) -> tuple[int, int, int] | None:
     """(primaries, transfer, 16)."""
-    at = 8
-    while at + 12 <= len(data) and data[at + 4 : at + 8] != b"IDAT":
-        if data[at + 4 : at + 8] == b"cICP":
-            return data[at + 8], data[at + 9], 16
-        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    for _, name, body in damage.png_chunks(data):
+        if name == b"IDAT":
+            break
+        if name == b"cICP":
+            return body[0], body[1], 16
     return None
 
 

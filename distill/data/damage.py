@@ -61,9 +61,8 @@ def _lacks_tags(data: bytes) -> bool:
     order = "<" if data[:2] == b"II" else ">"
     if len(data) < 16:
         return True
-    at = struct.unpack_from(order + "I", data, 4)[0] if data[2] != 43 and data[3] != 43 else None
-    if at is None:
-        at = struct.unpack_from(order + "Q", data, 8)[0]
+    is_big = 43 in data[2:4]
+    (at,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
     return at + 2 > len(data) or not any(data[at : at + 8])
 
 
@@ -72,17 +71,11 @@ def png_damage(data: bytes) -> str:
 
     Pillow does not check them, and deflate may store incompressible pixels verbatim: then any bytes decode.
     """
-    at = 8
-    while at + 12 <= len(data):
-        length, name = struct.unpack(">I4s", data[at : at + 8])
-        body = memoryview(data)[at + 4 : at + 8 + length]
-        if name in (b"IHDR", b"PLTE", b"IDAT") and at + 12 + length <= len(data):
-            (checksum,) = struct.unpack(">I", data[at + 8 + length : at + 12 + length])
-            if zlib.crc32(body) != checksum:
-                return "damaged: a checksum of its pixels is wrong"
+    for at, name, body in png_chunks(data):
+        if name in (b"IHDR", b"PLTE", b"IDAT") and not _checksum_is_right(data, at, name, body):
+            return "damaged: a checksum of its pixels is wrong"
         if name == b"IEND":
             return ""
-        at += 12 + length
     return "truncated: its end is missing"
 
 
@@ -193,16 +186,13 @@ _PNM = re.compile(rb"P([456])" + _WHITESPACE + rb"(\d+)" + _WHITESPACE + rb"(\d+
 
 def tiff_goes_on(data: bytes, tags: Mapping[int, Any]) -> bool:
     """Whether compressed strips or tiles of a TIFF extend beyond the end of the file."""
-    offsets, sizes = (_numbers(tags.get(a, tags.get(b, ()))) for a, b in ((273, 324), (279, 325)))
-    places = zip(offsets, sizes, strict=False)
-    return tags.get(259, 1) != 1 and any(start + size > len(data) for start, size in places)
+    return tags.get(259, 1) != 1 and any(start + size > len(data) for start, size in _places(tags))
 
 
 def tiff_is_cut(data: bytes, tags: Mapping[int, Any]) -> bool:
     """Whether the zeros at the end of a TIFF overwrite a page's strips or tiles."""
-    zeros = trailing_zeros(data)
-    offsets, sizes = (_numbers(tags.get(a, tags.get(b, ()))) for a, b in ((273, 324), (279, 325)))
-    places = [place for place in zip(offsets, sizes, strict=False) if sum(place) > len(data) - zeros]
+    zeros, stored = trailing_zeros(data), _places(tags)
+    places = [place for place in stored if sum(place) > len(data) - zeros]
     if zeros < ZEROS or not places:
         return False
     if tags.get(259, 1) != 1:
@@ -213,10 +203,10 @@ def tiff_is_cut(data: bytes, tags: Mapping[int, Any]) -> bool:
     bits = samples * int(_numbers(tags.get(258, 1))[0])
     row = (width * bits + 7) // 8
     if tiled:
-        order = {place: number for number, place in enumerate(zip(offsets, sizes, strict=False))}
+        order = {place: number for number, place in enumerate(stored)}
         inside = [_of_picture(data, place, order[place], row, bits, tags) for place in places]
         return any(stops_mid_row(tile, length, bits // 8) for tile, length in inside)
-    joined = b"".join(data[start : start + size] for start, size in zip(offsets, sizes, strict=False))
+    joined = b"".join(data[start : start + size] for start, size in stored)
     return stops_mid_row(joined, row, bits // 8)
 
 
@@ -232,6 +222,12 @@ def _of_picture(
     stored = data[place[0] : sum(place)]
     rows = [stored[at : at + length] for at in range(0, min(len(stored), row * (height - top)), row)]
     return b"".join(rows), length
+
+
+def _places(tags: Mapping[int, Any]) -> list[tuple[int, int]]:
+    """(first byte, bytes) of a TIFF's strips or tiles."""
+    offsets, sizes = (_numbers(tags.get(a, tags.get(b, ()))) for a, b in ((273, 324), (279, 325)))
+    return list(zip(offsets, sizes, strict=False))
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
@@ -363,19 +359,16 @@ def without_oversized_metadata(data: bytes) -> tuple[bytes, bytes | None]:
     removed: list[tuple[int, int]] = []
     profile: bytes | None = None
     text = 0
-    for at, name, body in _chunks(data):
-        if (
-            name[:1].islower()
-            and zlib.crc32(body, zlib.crc32(name)).to_bytes(4, "big") != data[at + 8 + len(body) :][:4]
-        ):
+    for at, name, body in png_chunks(data):
+        if name[:1].islower() and not _checksum_is_right(data, at, name, body):
             removed.append((at, at + 12 + len(body)))
         elif name in (b"tEXt", b"zTXt", b"iTXt"):
-            size = max(len(body), _inflated_size(name, body))
+            size = max(len(body), _inflated_size(name, bytes(body)))
             text += size
             if size > _TEXT or text > 16 * _TEXT:
                 removed.append((at, at + 12 + len(body)))
         elif name == b"iCCP":
-            start = body.find(b"\0") + 2
+            start = bytes(body).find(b"\0") + 2
             plain = _inflate(body[start:], _PROFILE)
             if len(plain) > _TEXT:
                 profile = plain if len(plain) <= _PROFILE else b""
@@ -386,15 +379,21 @@ def without_oversized_metadata(data: bytes) -> tuple[bytes, bytes | None]:
     return b"".join(data[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)), profile
 
 
-def _chunks(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """Offset, name and body of a PNG's chunks (IDAT's body is empty: it is not copied)."""
+def png_chunks(data: bytes) -> Iterator[tuple[int, bytes, memoryview]]:
+    """Offset, name and body (not a copy) of the chunks of a PNG that are there in full."""
     at = 8
-    while at + 12 <= len(data) and data[:4] == b"\x89PNG":
+    while at + 12 <= len(data):
         length, name = struct.unpack(">I4s", data[at : at + 8])
         if at + 12 + length > len(data):
             return
-        yield at, name, b"" if name == b"IDAT" else data[at + 8 : at + 8 + length]
+        yield at, name, memoryview(data)[at + 8 : at + 8 + length]
         at += 12 + length
+
+
+def _checksum_is_right(data: bytes, at: int, name: bytes, body: memoryview) -> bool:
+    """Whether the checksum behind the chunk at an offset is that of its name and body."""
+    end = at + 8 + len(body)
+    return zlib.crc32(body, zlib.crc32(name)).to_bytes(4, "big") == data[end : end + 4]
 
 
 def _inflated_size(name: bytes, body: bytes) -> int:
@@ -408,7 +407,7 @@ def _inflated_size(name: bytes, body: bytes) -> int:
     return 0
 
 
-def _inflate(packed: bytes, limit: int) -> bytes:
+def _inflate(packed: bytes | memoryview, limit: int) -> bytes:
     try:
         return zlib.decompressobj().decompress(packed, limit + 1)
     except zlib.error:

@@ -19,7 +19,7 @@ import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -189,13 +189,11 @@ def decode(data: bytes) -> Tensor:
 
 def decode_opened(image: Image.Image) -> Tensor:
     """`decode` for an image that Pillow has opened or made: what its object still knows of its file is applied."""
-    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     made_of_bytes = image.mode == "I" and image.format is None  # by convert("I"), perhaps: its range is looked at
-    depth = tags.get(258, 32 if made_of_bytes else 16)
-    bits = int(depth[0] if isinstance(depth, tuple) else depth)
+    deep = _of_deep_grey(image.tag_v2 if isinstance(image, TiffImageFile) else {}, bits=32 if made_of_bytes else 16)
     try:
         image.load()
-        array = colour.srgb(image, white_is_zero=tags.get(_PHOTOMETRIC) == 0, bits=bits if bits > 8 else 16)
+        array = colour.srgb(image, **deep)
     except colour.UnusablePixelsError as error:
         raise BadImageError(str(error)) from error
     except DECODE_ERRORS as error:
@@ -272,10 +270,8 @@ def _photo_kind(data: bytes) -> str:
     if not data:
         raise BadImageError("empty file")
     kind = signatures.sniff(data)
-    offset = (
-        next((at for at in range(1, 32) if signatures.sniff(data[at : at + 64]) in _EMBEDDABLE), 0) if not kind else 0
-    )
-    if offset:
+    ahead = () if kind else range(1, 32)
+    if offset := next((at for at in ahead if signatures.sniff(data[at : at + 64]) in _EMBEDDABLE), 0):
         embedded = f"{signatures.sniff(data[offset:])} begins {offset} bytes in"
         raise BadImageError(
             f"damaged: a {embedded}, after {bytes(data[:offset])!r}, which does not belong to it: download it again"
@@ -300,8 +296,8 @@ def _plain(data: bytes, kind: str) -> Image.Image:
             raise
         return tiffs.by_libtiff(data)
     # Pillow reads planar 16-bit samples as 8-bit.
-    deep = image.format == "TIFF" and int(image.tag_v2.get(284, 1)) == 2 and max(image.tag_v2.get(258, (8,))) > 8  # type: ignore[attr-defined]
-    return tiffs.by_libtiff(data) if deep else image
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    return tiffs.by_libtiff(data) if tags.get(284, 1) == 2 and max(tags.get(258, (8,))) > 8 else image
 
 
 def _heic(data: bytes) -> Image.Image:
@@ -372,9 +368,13 @@ def _seek_first_picture(image: Any, data: bytes) -> dict[str, Any]:
         raise BadImageError("truncated: its pixels continue beyond its end: download or copy it again")
     if damage.tiff_is_cut(data, tags):
         raise BadImageError(_ZERO_FILLED.format(damage.trailing_zeros(data)))
-    depth = tags.get(258, 16)
-    bits = int(depth[0] if isinstance(depth, tuple) else depth)
-    return {"white_is_zero": tags.get(262) == 0, "bits": bits if bits > 8 else 16}
+    return _of_deep_grey(tags)
+
+
+def _of_deep_grey(tags: Mapping[int, Any], bits: int = 16) -> dict[str, Any]:
+    """Arguments of colour.srgb by a TIFF's tags. bits: where they say none."""
+    bits = tiffs.first_number(tags, 258, bits)
+    return {"white_is_zero": tags.get(_PHOTOMETRIC) == 0, "bits": bits if bits > 8 else 16}
 
 
 def _misread(image: TiffImageFile) -> bool:

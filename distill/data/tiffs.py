@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -76,9 +78,9 @@ def with_gaps(values: np.ndarray, empty: np.ndarray) -> np.ndarray:
 def by_libtiff(data: bytes) -> Image.Image:
     """The first page of a TIFF: 8 or 16-bit grey or RGB, with or without alpha; ValueError describes any other."""
     tags = _tags(data)
-    bits, sample_format = _first(tags, 258, 1), _first(tags, 339, 1)
-    samples, meaning = _first(tags, 277, 1), _first(tags, 262, 1)
-    packed = f", compression {_first(tags, 259, 1)}"
+    bits, sample_format = first_number(tags, 258, 1), first_number(tags, 339, 1)
+    samples, meaning = first_number(tags, 277, 1), first_number(tags, 262, 1)
+    packed = f", compression {first_number(tags, 259, 1)}"
     what = f"a TIFF of {_WORDS.get(sample_format, 'unknown')} {bits}-bit samples, {samples} per pixel{packed}"
     if sample_format != 1 or bits not in (8, 16) or meaning not in _PHOTOS:
         raise UnusablePixelsError(f"{what}: save it with 8 or 16 bits of grey or RGB")
@@ -86,7 +88,7 @@ def by_libtiff(data: bytes) -> Image.Image:
         pixels = numbers(data)
     except (ValueError, RuntimeError, OSError, IndexError) as error:
         raise UnusablePixelsError(f"{what}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from error
-    if pixels.ndim == 3 and _first(tags, 284, 1) == 2:
+    if pixels.ndim == 3 and first_number(tags, 284, 1) == 2:
         pixels = np.moveaxis(pixels, 0, -1)
     pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     if pixels.dtype == np.uint16 and pixels.ndim == 3:  # grey is scaled to 8 bits later, with its profile
@@ -97,11 +99,11 @@ def by_libtiff(data: bytes) -> Image.Image:
     if pixels.ndim == 3:
         pixels = pixels[..., :4] if samples == 4 else pixels[..., :3] if samples > 4 else pixels
     image = Image.fromarray(np.ascontiguousarray(pixels), None if pixels.ndim == 2 else _MODES[pixels.shape[-1]])
-    if image.mode in ("LA", "RGBA") and _first(tags, 338, 0) == 0:  # an unspecified last sample is not alpha
+    if image.mode in ("LA", "RGBA") and first_number(tags, 338, 0) == 0:  # an unspecified last sample is not alpha
         image = image.convert(image.mode.removesuffix("A"))
     if isinstance(profile := tags.get(34675), bytes):
         image.info["icc_profile"] = profile
-    image.getexif()[274] = _first(tags, 274, 1)
+    image.getexif()[274] = first_number(tags, 274, 1)
     return image
 
 
@@ -118,6 +120,7 @@ def _tags(data: bytes, page: int = 0) -> ImageFileDirectory_v2:
     return tags
 
 
-def _first(tags: ImageFileDirectory_v2, tag: int, otherwise: int) -> int:
+def first_number(tags: Mapping[int, Any], tag: int, otherwise: int) -> int:
+    """The number of a tag, the first of several."""
     value = tags.get(tag, otherwise)
     return int(value[0] if isinstance(value, tuple) else value)
