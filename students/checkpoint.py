@@ -24,6 +24,7 @@ import distill
 from distill import students
 from distill.core import files, hub
 from distill.core.files import file_sha256
+from distill.core.home import home_expanded
 from distill.core.plugins import allowed, is_path, origins
 from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
@@ -215,7 +216,7 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
 
 def located(folder: str | Path) -> Path:
     """The student's folder in a run's folder, in its train/ or in one of its checkpoints; else `folder` itself."""
-    folder = Path(folder).expanduser()
+    folder = home_expanded(folder)
     if (folder / DESCRIPTION).is_file():
         return folder
     return next((inner for inner in (folder / OF_A_RUN, folder / OF_A_RUN.name) if inner.is_dir()), folder)

@@ -11,6 +11,7 @@ from typing import Any
 
 from distill.core import hub
 from distill.core.files import decoded, file_sha256
+from distill.core.home import home_expanded
 from distill.core.weights import INDEX, WeightsMismatchError, WeightsMissingError
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -23,7 +24,7 @@ def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
     to do.
     """
     text = str(weights)
-    if text and (path := Path(text).expanduser()).exists():
+    if text and (path := home_expanded(text)).exists():
         return _snapshot(path)
     repository, inside, revision = _hub_id(text)
     try:
@@ -40,7 +41,7 @@ def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
 def to_download(weights: str | Path, *, files: Sequence[str]) -> dict[str, int]:
     """The files that `resolve` would download, with their bytes; empty if all are here. Raises as `resolve` does."""
     text = str(weights)
-    if text and Path(text).expanduser().exists():
+    if text and home_expanded(text).exists():
         return {}
     repository, inside, revision = _hub_id(text)
     try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
+from distill.core.home import home_expanded
 from distill.teachers import (
     Card,
     WeightsMissingError,
@@ -86,7 +87,7 @@ CARDS: tuple[Card, ...] = (
 
 def needs(weights: str, *, base: str = BASE) -> list[tuple[str, tuple[str, ...]]]:
     """What `load` reads, as (weights, file patterns): the checkpoint's and, for a lone UNet, the base's."""
-    alone = "/" in weights.partition("/")[2] and not (Path(weights).expanduser() / "unet").is_dir()
+    alone = "/" in weights.partition("/")[2] and not (home_expanded(weights) / "unet").is_dir()
     return [(weights, _CHECKPOINT_FILES), *([(base, _BASE_FILES)] if alone else [])]
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind, cat
+from distill.core.home import home_expanded
 from distill.core.labels import Labels
 from distill.data.maps import find_map, read_map, stored_stems
 from distill.shards.shards import MANIFEST, LabelDataset
@@ -68,7 +69,7 @@ class Teacher:
 
         kind: of .npy maps without a settings.json. teacher: whose labels to read, if the shards have several.
         """
-        folder = Path(weights).expanduser()
+        folder = home_expanded(weights)
         if not folder.is_dir():
             raise WeightsMissingError(f"{folder}: no such folder of stored predictions or labels")
         if (folder / MANIFEST).is_file():

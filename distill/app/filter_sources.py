@@ -19,6 +19,7 @@ from distill.app.filtering import Scored, Source
 from distill.app.inputs import input_shards
 from distill.app.recipe import load as load_recipe
 from distill.core.depth import DepthMap
+from distill.core.home import home_expanded
 from distill.core.plugins import find, is_path, short_name
 from distill.data import published, sources
 from distill.data.datasets import FOLDER
@@ -52,9 +53,9 @@ def open_sources(words: Sequence[str], *, far: float = 0.0, limit: int = 0, teac
 
 def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
     name, equals, root = word.partition("=")
-    path = Path(word).expanduser()
+    path = home_expanded(word)
     if equals and (is_path(name) or name.isidentifier()):
-        if Path(root).expanduser().is_file():
+        if home_expanded(root).is_file():
             raise ValueError(f"{word}: a data set's root must be a folder; for pairs give only their table: {root}")
         facts = find(FOLDER, name).FACTS
         return [_of_entries(short_name(name), word, published.dataset(name, root), far, limit, facts)]

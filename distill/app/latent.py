@@ -13,6 +13,7 @@ from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.core.depth import Kind
 from distill.core.files import file_sha256
+from distill.core.home import home_expanded
 from distill.core.plugins import find
 from distill.teachers import _latent_student, find_weights, read_config
 from distill.teachers._latent_student import LatentStudent
@@ -99,7 +100,7 @@ def load_teacher(folder: Path, **options: Any) -> Any:
 
 def base_licence(weights: str) -> dict[str, Any]:
     """The base's licence for the card: from its own card if it was trained here, else by its hub id."""
-    card = read_config(Path(weights).expanduser() / TRAINED).get("card") or {}
+    card = read_config(home_expanded(weights) / TRAINED).get("card") or {}
     if card:
         return {
             "weights": weights,

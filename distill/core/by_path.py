@@ -15,12 +15,14 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+from distill.core.home import home_expanded
+
 __path__: list[str] = []  # makes this module a package, which can have submodules
 
 
 def module_name(file: Path) -> str:
     """Return the module name that `file` is imported under: one per file, however its path is written."""
-    resolved = file.expanduser().resolve()
+    resolved = home_expanded(file).resolve()
     return f"{__name__}.{re.sub(r'[^0-9a-zA-Z_]', '_', resolved.stem)}_{str(resolved).encode().hex()}"
 
 

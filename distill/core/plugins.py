@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from distill.core.by_path import module_name
 from distill.core.files import file_sha256
+from distill.core.home import home_expanded
 from distill.core.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def source(package: str, name: str) -> str:
     if fault := name_fault(package, name):
         raise LookupError(fault)
     if is_path(name):
-        path = Path(name).expanduser()
+        path = home_expanded(name)
     elif _is_own(package, name):
         path = _ROOT.joinpath(*_module(package, name).split(".")).with_suffix(".py")
     else:
@@ -200,7 +201,7 @@ def allow(file: str | Path) -> None:
     """
     if fault := _file_fault(str(file)):
         raise LookupError(fault)
-    path = Path(file).expanduser().resolve()
+    path = home_expanded(file).resolve()
     _ALLOWED.setdefault(path.name, {})[path] = None
 
 
@@ -209,7 +210,7 @@ def allowed(name: str) -> str:
 
     Raises LookupError if there is none, or if there are several and none of them is `name` itself.
     """
-    path = Path(name).expanduser().resolve()
+    path = home_expanded(name).resolve()
     files = _ALLOWED.get(path.name, {})
     if not files:
         raise LookupError(
@@ -222,7 +223,7 @@ def allowed(name: str) -> str:
 
 
 def _file_fault(name: str) -> str:
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     if path.suffix != ".py":
         return f"{name} is a path, and no Python file (.py)"
     if not path.is_file():
@@ -259,7 +260,7 @@ def _reason(error: Exception) -> str:
 
 def file_hashes(value: object) -> dict[str, str]:
     """The sha256 of every Python file that a table of plain values names: {"./my_depth.py": "sha256:..."}."""
-    files = {text: Path(text).expanduser() for text in _texts(value) if text.endswith(".py")}
+    files = {text: home_expanded(text) for text in _texts(value) if text.endswith(".py")}
     return {text: f"sha256:{file_sha256(path)}" for text, path in sorted(files.items()) if path.is_file()}
 
 

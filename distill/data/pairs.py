@@ -28,7 +28,6 @@ import csv
 import io
 import logging
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -45,6 +44,7 @@ import distill
 from distill.core import signatures
 from distill.core.depth import DepthMap, Kind
 from distill.core.files import decoded
+from distill.core.home import home_expanded
 from distill.data import cells, maps
 from distill.data.photos import BadImageError, decode, turn, upright_size
 
@@ -371,7 +371,7 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
 
 def _file_of_cell(folder: Path, text: str) -> Path:
     """The file of a cell: as written, else with this system's slashes, Unicode normalization or letter case."""
-    as_written = folder / os.path.expanduser(text)  # noqa: PTH111  (Path's raises for ~nobody)
+    as_written = folder / home_expanded(text)
     if as_written.exists():
         return as_written
     spellings = [unicodedata.normalize(form, text.replace("\\", "/")) for form in ("NFC", "NFD")]

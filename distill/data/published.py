@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from distill.core.depth import DepthMap
+from distill.core.home import home_expanded
 from distill.core.plugins import find, short_name
 from distill.data import photos
 from distill.data.datasets import FOLDER, Row, _index
@@ -36,8 +37,8 @@ def dataset(
 
     Raises what distill.data.datasets._index.read raises for a missing or damaged index and for unknown names.
     """
-    folder = Path(root).expanduser()
-    rows = _index.read(name, folder, Path(index).expanduser() if index else None, names=names)
+    folder = home_expanded(root)
+    rows = _index.read(name, folder, home_expanded(index) if index else None, names=names)
     keys = photos.unique_keys([f"{row.name}.x" for row in rows])
     stem = safe_key(short_name(name))
     entries = [

@@ -25,6 +25,7 @@ import torch
 
 from distill.core.depth import DepthMap, Kind
 from distill.core.files import files_below, leaves_root
+from distill.core.home import home_expanded
 from distill.core.printable import printable
 from distill.data import filetypes, photos, storage
 from distill.data import pairs as depth_pairs
@@ -125,7 +126,7 @@ def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]
     listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
     paths: dict[Path, None] = {}
     missing: list[str] = []
-    for name in (str(Path(name).expanduser()) for pattern in listed for name in storage.expand(str(pattern))):
+    for name in (str(home_expanded(name)) for pattern in listed for name in storage.expand(str(pattern))):
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute patterns)
         if not matches:
             missing.append(name)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from distill.core import files
 from distill.core.depth import Kind
+from distill.core.home import home_expanded
 from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import outputs, predict, solid
 from distill.inference.pictures import checked, is_batch, is_file, picture
@@ -69,7 +70,7 @@ class Depth:
         that shows the points offline). Returns the path; raises ValueError for another suffix or a map that is not
         finite, OSError if it cannot be written.
         """
-        path = Path(path).expanduser()
+        path = home_expanded(path)
         names = {".png": "png", ".npy": "npy", ".jpg": "jpg", ".jpeg": "jpg"}
         names |= {".ply": "ply", ".glb": "glb", ".html": "view"}
         if (name := names.get(path.suffix.lower())) is None:

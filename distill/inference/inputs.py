@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.core.files import files_below
+from distill.core.home import home_expanded
 from distill.data import filetypes
 from distill.data.photos import not_a_file
 from distill.inference.outputs import Outputs, PredictionJob
@@ -50,7 +51,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     for argument in inputs:
         if not argument.strip():
             raise ValueError(f"{argument!r} names no photo; give files, folders or globs (. is this folder)")
-        files = list(_files(Path(argument).expanduser()))
+        files = list(_files(home_expanded(argument)))
         candidates = [entry for entry in files if not outputs.holds(entry[0])]
         for file, stem, name in candidates:
             if stem:
@@ -65,10 +66,10 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
                 f"; there are {filetypes.summarize_counts(skipped.values())}" if skipped and not only_outputs else ""
             )
             others += "".join(f"; {line}" for line in list(refused)[:2])
-            if not files and not Path(argument).expanduser().exists():
+            if not files and not home_expanded(argument).exists():
                 pattern = set(argument) & set("*?[") or _NUMBER.search(argument)
                 reason = "matches no file" if pattern else "no such file or folder"
-                reason = "a link to nothing" if Path(argument).expanduser().is_symlink() else reason
+                reason = "a link to nothing" if home_expanded(argument).is_symlink() else reason
                 reason = "a URL, but only local files are read: download it" if "://" in argument else reason
                 raise FileNotFoundError(f"{argument}: {reason}")
             raise FileNotFoundError(
@@ -99,7 +100,7 @@ _LIST = "a text file, not a photo: give the photos that it lists (`xargs -d '\\n
 
 def _list_of(file: Path, given: str) -> str:
     """Return why a text file given by its own name is not an input, or "" for any other file."""
-    return _LIST.format(file) if file.suffix.lower() in _LISTS and file == Path(given).expanduser() else ""
+    return _LIST.format(file) if file.suffix.lower() in _LISTS and file == home_expanded(given) else ""
 
 
 _NUMBER = re.compile(r"%0?(\d*)d")

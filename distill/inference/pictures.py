@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.core.home import home_expanded
 from distill.data.filetypes import is_film
 from distill.data.photos import BadImageError, decode, decode_opened, not_a_file
 
@@ -69,7 +70,7 @@ def picture(image: Picture) -> Tensor:
     BadImageError for a file that cannot be decoded, OSError for a missing one.
     """
     if isinstance(image, str | Path):
-        path = Path(image).expanduser()
+        path = home_expanded(image)
         if path.is_dir():
             raise ValueError(f"{path}: is a folder; give its files one by one, or run distill predict {path}")
         if fault := not_a_file(path) if path.exists() else "":

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from distill.core.home import home_expanded
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", metavar="NAME", help="a name from `distill list datasets`, or your own Python file")
@@ -24,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     facts = find(FOLDER, args.dataset).FACTS
     with progress(f"index {args.dataset} (groups)") as report:
-        index = _index.write(args.dataset, args.root.expanduser(), args.out, report=report)
+        index = _index.write(args.dataset, home_expanded(args.root), args.out, report=report)
     published = f"; {facts.images:,} are published" if facts.images else ""
     left_out = [f"{counted(index.alone, 'image')} without depth"] if index.alone else []
     left_out += [f"{counted(index.spare, 'depth file')} without an image"] if index.spare else []
