@@ -67,7 +67,7 @@ def depth_scores(depth: np.ndarray, valid: np.ndarray) -> dict[str, float]:
     s_dist = 0.5 * parts["chi2"] + 0.3 * parts["concentration"] + 0.2 * parts["range"]
     slopes = _slopes(depth, valid, count)
     roughness = _roughness(depth, slopes)
-    s_grad = _continuity(slopes)
+    s_grad = _continuity(slopes)  # last: it reorders them
     return scores | {
         "s_dist": s_dist,
         "s_grad": s_grad,
@@ -117,11 +117,6 @@ def _counts(bins: np.ndarray) -> np.ndarray:
     return counts
 
 
-def continuity(depth: np.ndarray, valid: np.ndarray, count: int) -> float:
-    """s_grad: 1 / (1 + std / mean) of the gradient lengths without edges; NaN for fewer than LEAST gradients."""
-    return _continuity(_slopes(depth, valid, count))
-
-
 @dataclass(frozen=True, slots=True)
 class _Slopes:
     """Lengths of the gradients of a map (H,W).
@@ -154,7 +149,10 @@ def _slopes(depth: np.ndarray, valid: np.ndarray, count: int) -> _Slopes:
 
 
 def _continuity(slopes: _Slopes) -> float:
-    """s_grad; reorders slopes.twice in place, since a copy would take as long as everything else here."""
+    """s_grad: 1 / (1 + std / mean) of the gradient lengths without edges; NaN for fewer than LEAST gradients.
+
+    Reorders slopes.twice in place, since a copy would take as long as everything else here.
+    """
     if slopes.count < LEAST:
         return math.nan
     smooth = slopes.count - int(EDGES * slopes.count)

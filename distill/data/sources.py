@@ -33,8 +33,6 @@ from distill.data import scenes as procedural
 from distill.data.photos import DECODE_ERRORS, MAX_BYTES, BadImageError, Photo, decode, safe_key
 from distill.data.tars import advice_for_folder, walk_tar
 
-SUFFIXES = filetypes.PHOTOS
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -280,7 +278,7 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         details = f"; there are {filetypes.summarize_counts(skipped)}" if skipped else ""
         details += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in skipped else ""
         details += f"; {rejected[0].origin}: {rejected[0].reason}" if rejected else ""
-        raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)}){details}")
+        raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(filetypes.PHOTOS)}){details}")
     names = sorted(files)
     folder_names = {name.split("/", 1)[0] for name in names}
     # The folder's name is only needed to distinguish equal names in several folders.

@@ -44,7 +44,7 @@ class WorkerStatus:
 class RunStatus:
     """A whole run. images: of all parts, an estimate where not every input tar was scanned yet (`scanned` False).
 
-    eta_s: None where no worker is running. lost: parts whose holder is dead, which others will take over. deadly: parts
+    lost: parts whose holder is dead, which others will take over. deadly: parts
     with which DEADLY workers or more were killed, and their numbers.
     """
 
@@ -57,7 +57,6 @@ class RunStatus:
     running: tuple[Holder, ...]
     lost: tuple[Holder, ...]
     workers: tuple[WorkerStatus, ...]
-    eta_s: float | None
     deadly: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -69,6 +68,11 @@ class RunStatus:
     def images_per_s(self) -> float:
         """The pace of all running workers."""
         return sum(worker.images_per_s for worker in self.workers if worker.state == "running")
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the last image at this pace; None where no worker is running."""
+        return (self.images - self.done_images) / self.images_per_s if self.images_per_s else None
 
 
 def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
@@ -104,8 +108,6 @@ def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
         images += round(unknown * images / len(plans))
     workers = tuple(_worker(name, record, holders) for name, record in sorted(records(meeting).items()))
     killed = Counter(worker.part for worker in workers if worker.state in ("gone", "lost"))
-    pace = sum(worker.images_per_s for worker in workers if worker.state == "running")
-    lost = tuple(holder for holder in holders if holder.dead)
     complete = MANIFEST in written_files and len(finished) == parts and not holders
     return RunStatus(
         complete=complete,
@@ -115,9 +117,8 @@ def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
         done_images=done_images,
         scanned=not unknown,
         running=tuple(holder for holder in holders if not holder.dead),
-        lost=lost,
+        lost=tuple(holder for holder in holders if holder.dead),
         workers=workers,
-        eta_s=(images - done_images) / pace if pace else None,
         deadly=tuple(
             (part, n)
             for part, n in killed.most_common()

@@ -77,7 +77,7 @@ def test_the_command_line_has_workers_and_their_status(tmp_path, capsys, monkeyp
     monkeypatch.setenv("RANK", "1")
     assert main(["label", str(recipe(tmp_path, "three", 6))]) == 0, "any one of several processes can do it all"
     assert labels(tmp_path, "one") == labels(tmp_path, "two") == labels(tmp_path, "three")
-    idle = RunStatus(False, 4, 1, 8, 2, False, (), (), (), None)
+    idle = RunStatus(False, 4, 1, 8, 2, False, (), (), ())
     assert (
         sentence(idle) == "1 of about 4 parts, 2 of about 8 images, 0 running, 0 lost, 0 images/s, no worker is running"
     )

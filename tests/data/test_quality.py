@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
-from distill.data.quality import SCORES, _quantiles, _sample, continuity, depth_scores, distribution, image_scores
+from distill.data.quality import SCORES, _quantiles, _sample, depth_scores, distribution, image_scores
 
 YES = np.ones((40, 60), bool)
 GOLDEN = {
@@ -89,7 +89,7 @@ def test_the_ends_of_the_scores():
     assert nothing["valid"] == 0 and math.isnan(nothing["s_dist"]) and math.isnan(nothing["s_grad"])
     few = ~YES
     few[5, ::2] = True  # no pixel has its four neighbours
-    assert math.isnan(continuity(slope, few, int(few.sum())))
+    assert math.isnan(depth_scores(slope, few)["s_grad"])
 
 
 def test_steps_at_the_largest_tenth_do_not_count_and_noise_does():
