@@ -59,7 +59,7 @@ def _png_coding(data: bytes) -> tuple[int, int, int] | None:
     for _, name, body in damage.png_chunks(data):
         if name == b"IDAT":
             break
-        if name == b"cICP":
+        if name == b"cICP" and len(body) == 4:
             return body[0], body[1], 16
     return None
 
