@@ -27,6 +27,7 @@ from distill.core.codes import LAST, CodedLabels, CodedMaps
 from distill.core.depth import DepthMap, Kind, cat, least_known
 from distill.core.division import unit_range
 from distill.core.labels import DENSE, Batch, Labels, Supervision, stack_boxes
+from distill.data.photos import DECODE_ERRORS
 from distill.shards.codecs import CODECS as CODECS
 from distill.shards.codecs import DEFAULT_CODEC as DEFAULT_CODEC
 from distill.shards.codecs import MAX_ERROR as MAX_ERROR
@@ -151,8 +152,9 @@ def read_codes(data: bytes, span: Mapping[str, float | int], *, codec: str, wher
     _check_bytes(data, span, where)
     try:
         codes = CODECS[codec].read(data)
-    except ValueError as error:
-        raise OSError(f"{where} is damaged: {error}; {REPAIR}") from error
+    except (ValueError, MemoryError) as error:
+        reason = str(error) or "too large for this machine's memory"
+        raise OSError(f"{where} is damaged: {reason}; {REPAIR}") from error
     if codes.dtype != np.uint16 or codes.ndim != 2:
         raise OSError(f"{where} is damaged: not a 16-bit map in {codec}; {REPAIR}")
     return codes
@@ -229,33 +231,63 @@ def decode_sample(
     """
     where = where or f"{members.get('__url__', 'sample')}:{members.get('__key__', '')}"
     try:
-        record = json.loads(members["json"])
+        record = _parsed(members["json"])
         check_version(record, where)
         if (codec := record["codec"]) not in CODECS:
             raise ValueError(f"{where} has labels in codec {codec!r}; this version reads {', '.join(CODECS)}")
         _check_record(record, where)
-        crop, entries = record["crop"], record["labels"]
-        names = list(entries) if teachers is None else list(teachers)
-        unknown = [name for name in names if name not in entries]
+        names = list(record["labels"]) if teachers is None else list(teachers)
+        unknown = [name for name in names if name not in record["labels"]]
         if unknown:
-            raise LookupError(f"{where} has no labels by {unknown[0]}; it has {', '.join(entries)}")
-        boxes = torch.tensor(
-            [[t, left, t + side, left + side] for t, left, side in record["patches"]], dtype=torch.float32
-        )
-        boxes = boxes.reshape(1, -1, 4) / crop["side"]
-        chosen = list(range(boxes.shape[1]) if patches is None else patches(boxes.shape[1]))
-        pixels = _decode_jpg(members["jpg"], record.get("jpg", {}), f"{where} jpg")
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
-        labels, codes = {}, {}
-        for name in names:
-            teacher_labels = _read_labels(members, name, entries[name], boxes, chosen, codec, where)
-            if coded:
-                codes[name] = teacher_labels
-            else:
-                labels[name] = teacher_labels.decode()
-        return Sample(record["key"], record["image"]["key"], image, labels, record, codes)
-    except (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
-        raise OSError(f"{where} is damaged: {error} is missing or unreadable; {REPAIR}") from error
+            raise LookupError(f"{where} has no labels by {unknown[0]}; it has {', '.join(record['labels'])}")
+        try:
+            return _decoded(members, record, names, patches, coded, where)
+        except _BAD_NUMBERS as error:
+            reason = str(error).partition("\n")[0][:160]
+            raise OSError(f"{where} is damaged: its json says what cannot be ({reason}); {REPAIR}") from error
+    except _BAD_RECORD as error:
+        raise OSError(f"{where} is damaged: {str(error)[:160]} is missing or unreadable; {REPAIR}") from error
+
+
+_BAD_NUMBERS = (ValueError, ArithmeticError, RuntimeError, IndexError)
+"""Exceptions of Python, NumPy and torch for a number or word in a record that is no size, kind, range or place."""
+_BAD_RECORD = (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, RecursionError)
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """A record's table; TypeError for numbers of thousands of digits, which Python's parser refuses otherwise."""
+    try:
+        record: dict[str, Any] = json.loads(data)
+        return record
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError as error:
+        raise TypeError(str(error)) from error
+
+
+def _decoded(
+    members: Mapping[str, bytes],
+    record: dict[str, Any],
+    names: Sequence[str],
+    patches: Callable[[int], Sequence[int]] | None,
+    coded: bool,
+    where: str,
+) -> Sample:
+    """The sample of a record that has a known version and codec, and labels by all of `names`."""
+    boxes = torch.tensor([[t, left, t + side, left + side] for t, left, side in record["patches"]], dtype=torch.float32)
+    boxes = boxes.reshape(1, -1, 4) / record["crop"]["side"]
+    chosen = list(range(boxes.shape[1]) if patches is None else patches(boxes.shape[1]))
+    pixels = _decode_jpg(members["jpg"], record.get("jpg", {}), f"{where} jpg")
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    labels, codes = {}, {}
+    for name in names:
+        entry = record["labels"][name]
+        teacher_labels = _read_labels(members, name, entry, boxes, chosen, record["codec"], where)
+        if coded:
+            codes[name] = teacher_labels
+        else:
+            labels[name] = teacher_labels.decode()
+    return Sample(record["key"], record["image"]["key"], image, labels, record, codes)
 
 
 def _check_record(record: dict[str, Any], where: str) -> None:
@@ -272,9 +304,11 @@ def _decode_jpg(data: bytes, info: Mapping[str, int], where: str) -> NDArray[np.
     _check_bytes(data, info, where)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-            return np.array(picture)
-    except (OSError, SyntaxError) as error:
+            if picture.mode == "RGB":
+                return np.array(picture)
+    except DECODE_ERRORS as error:
         raise OSError(f"{where} is damaged: it does not decode; {REPAIR}") from error
+    raise OSError(f"{where} is damaged: its pixels are not RGB; {REPAIR}")
 
 
 def _read_labels(
@@ -299,6 +333,8 @@ def _read_labels(
         return CodedMaps(torch.from_numpy(np.stack(codes)), low, high, count, codec, kind)
 
     shared = read([("shared", info["shared"])])
+    if not isinstance(info["local"], list):
+        raise TypeError(f"the list of local maps by {name}")
     spans = [(f"local{i}", info["local"][i]) for i in chosen if info["local"]]
     # Every network has a card, and deliberately corrupted truth lists its corruptions; ground truth has neither.
     truth = "card" not in info and "corruptions" not in info

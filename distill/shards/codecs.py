@@ -1,9 +1,15 @@
-"""Codecs of maps: values to bytes through 16-bit codes, with an error of at most MAX_ERROR of the map's range."""
+"""Codecs of maps: values to bytes through 16-bit codes, with an error of at most MAX_ERROR of the map's range.
+
+A few bytes may claim, or unpack to, any number of pixels, and a label shard may be a stranger's: readers look at the
+size that the bytes claim before memory is taken for it.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
+import struct
+import tokenize
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from distill.core.codes import LAST, register
+from distill.data.photos import DECODE_ERRORS, max_pixels
 
 MAX_ERROR = 1 / 8192  # of a map's range: guaranteed by every codec
 # From tests/speed/codecs.py: a fifth of png16's bytes, and a standard that other programs open. zst is as small and
@@ -74,6 +81,12 @@ def _linear(first: int, near: int = 0) -> tuple[NDArray[np.float64], Callable[..
     return units, code, (near + 0.5) / steps
 
 
+def _check_size(height: int, width: int) -> None:
+    """Raise ValueError for more pixels than a photograph may have (DISTILL_MAX_PIXELS)."""
+    if height * width > max_pixels():
+        raise ValueError(f"its header claims {width} x {height} pixels, more than {max_pixels()}")
+
+
 def _png16() -> Codec:
     units, code, bound = _linear(1)
 
@@ -83,7 +96,16 @@ def _png16() -> Codec:
         return png.tobytes()
 
     def read(data: bytes) -> NDArray[Any]:
-        codes = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+        if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 33:  # OpenCV would read any other format
+            raise ValueError("not a PNG")
+        width, height, *depth_and_colour = struct.unpack(">IIBB", data[16:26])
+        if depth_and_colour != [16, 0]:
+            raise ValueError("not a 16-bit map in png16")
+        _check_size(height, width)
+        try:
+            codes = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        except cv2.error as error:
+            raise ValueError(f"not a PNG ({error.err})") from error
         if codes is None:
             raise ValueError("not a PNG")
         return codes
@@ -98,12 +120,40 @@ def _jls() -> Codec:
         return bytes(imagecodecs.jpegls_encode(codes, level=_NEAR))
 
     def read(data: bytes) -> NDArray[Any]:
+        _check_size(*_jls_size(data))
         try:
             return np.asarray(imagecodecs.jpegls_decode(data))
         except (imagecodecs.JpeglsError, MemoryError) as error:
             raise ValueError(f"not JPEG-LS ({error})") from error
 
     return Codec(suffix="jls", bound=bound, units=units, first=2 * _NEAR + 2, code=code, write=write, read=read)
+
+
+def _jls_size(data: bytes) -> tuple[int, int]:
+    """The height, and the width times the channels, of JPEG-LS by its header; (0, 0) where there is none."""
+    at, height, width = 2, 0, 0
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xF8 and data[at + 4] == 4:  # sides beyond 16 bits, which the frame header then gives as 0
+            count = data[at + 5]
+            sides = data[at + 6 : at + 6 + 2 * count]
+            height, width = int.from_bytes(sides[:count], "big"), int.from_bytes(sides[count:], "big")
+        if marker == 0xF7:
+            frame_height, frame_width = struct.unpack(">HH", data[at + 5 : at + 9])
+            return frame_height or height, (frame_width or width) * data[at + 9]
+        at += 2 + length
+    return 0, 0
+
+
+def _zst_size(data: bytes) -> int:
+    """The unpacked bytes of zstandard by the header of its first frame (RFC 8878, 3.1.1.1), -1 where it has none."""
+    if len(data) < 6:
+        return -1
+    descriptor = data[4]
+    is_single = descriptor >> 5 & 1
+    length = (is_single, 2, 4, 8)[descriptor >> 6]
+    at = 5 + (not is_single) + (0, 1, 2, 4)[descriptor & 3]
+    return int.from_bytes(data[at : at + length], "little") + 256 * (length == 2) if length else -1
 
 
 def _zst() -> Codec:
@@ -124,8 +174,12 @@ def _zst() -> Codec:
         return bytes(imagecodecs.zstd_encode(plain, level=1))
 
     def read(data: bytes) -> NDArray[Any]:
+        most = 8 + 2 * max_pixels()
+        size = _zst_size(data)
+        if size > most:
+            raise ValueError(f"unpacks to {size} bytes: more than a map of {max_pixels()} pixels")
         try:
-            plain = imagecodecs.zstd_decode(data)
+            plain = imagecodecs.zstd_decode(data, out=most if size < 0 else size)
         except (imagecodecs.ZstdError, MemoryError) as error:
             raise ValueError(f"not zstandard ({error})") from error
         height, width = np.frombuffer(plain, "<u4", 2).tolist() if len(plain) > 8 else (0, 0)
@@ -139,6 +193,10 @@ def _zst() -> Codec:
         return np.asarray(steps * np.uint16(_STEP))
 
     return Codec(suffix="zst", bound=bound, units=units, first=_STEP, code=code, write=write, read=read)
+
+
+_NPY_HEADER = 1 << 16
+"""The most bytes of an .npy before its numbers."""
 
 
 def _float16() -> Codec:
@@ -155,9 +213,15 @@ def _float16() -> Codec:
         return gzip.compress(file.getvalue(), compresslevel=6, mtime=0)
 
     def read(data: bytes) -> NDArray[Any]:
+        unpacking, most = zlib.decompressobj(wbits=31), 2 * max_pixels() + _NPY_HEADER
         try:
-            return np.load(io.BytesIO(gzip.decompress(data)), allow_pickle=False).view(np.uint16)
-        except (OSError, EOFError, zlib.error, TypeError) as error:
+            plain = unpacking.decompress(data, most + 1)
+            if len(plain) > most:
+                raise ValueError(f"unpacks to more than a map of {max_pixels()} pixels")
+            if not unpacking.eof or not plain.startswith(b"\x93NUMPY"):
+                raise ValueError("cut short, or other content")
+            return np.load(io.BytesIO(plain), allow_pickle=False).view(np.uint16)
+        except (*DECODE_ERRORS, tokenize.TokenError) as error:
             raise ValueError(f"not a compressed npy ({error})") from error
 
     return Codec(suffix="npy.gz", bound=2.0**-13, units=units, first=0, code=code, write=write, read=read)
