@@ -123,10 +123,20 @@ def fault_of_zip(path: Path) -> str:
     )
 
 
+_UNSUSPECTED, _MOST_PACKED = 1 << 28, 20
+"""A zip may unpack to so many bytes, or else to so many times its own."""
+
+
 def fault_of_list(path: Path) -> str:
-    """Return the fault of a zip whose list of parts does not lie where its last bytes say."""
+    """Return the fault of a zip whose list of parts does not lie where its last bytes say, or claims far too much.
+
+    torch stores its parts as they are, and compressed again, numbers become little smaller.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
+            unpacked, size = sum(part.file_size for part in archive.infolist()), path.stat().st_size
+            if unpacked > _UNSUSPECTED and unpacked > _MOST_PACKED * size:
+                return f"has {size} bytes that unpack to {unpacked}, which weights do not: a decompression bomb"
             if all(part.header_offset >= 0 for part in archive.infolist()):
                 return ""
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
@@ -177,6 +187,8 @@ def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
     for name, tensor in state.items():
         if tensor.is_meta:
             return f"holds {name} without its numbers (on the device meta): save the weights after they are loaded"
+        if _spread(tensor):
+            return f"holds {name} {tuple(tensor.shape)}, which repeats few stored numbers: save it as contiguous()"
         if not tensor.numel() and tensor.ndim and name.endswith(_NUMBERS):
             return f"holds {name} empty, as DeepSpeed's ZeRO leaves it: {ZERO}"
         if name.endswith(_NUMBERS) and tensor.element_size() == 1:
@@ -194,6 +206,14 @@ def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
                 f"holds {name} with infinite numbers, as of a copy in float16 that overflowed: give the float32 weights"
             )
     return _fault_of_zeros(state)
+
+
+def _spread(tensor: Tensor) -> bool:
+    """Whether a large tensor is a view that repeats its numbers: any copy of it would take the memory of its shape."""
+    import torch
+
+    size = tensor.numel() * tensor.element_size()
+    return size > _UNSUSPECTED and tensor.layout == torch.strided and size > tensor.untyped_storage().nbytes()
 
 
 def _fault_of_zeros(state: Mapping[str, Tensor]) -> str:

@@ -352,3 +352,27 @@ def test_a_joint_tensor_has_three_parts_or_is_left_for_the_comparison_of_shapes(
     assert [part.flatten().tolist() for part in (queries, keys, values)] == [[0, 1], [2, 3], [4, 5]]
     for odd in (torch.tensor(1.0), torch.zeros(4, 2)):
         assert [part.shape for part in thirds(odd)] == [odd.shape] * 3
+
+
+@pytest.mark.parametrize("part", ["data.pkl", "data/0"])
+def test_a_zip_that_unpacks_to_far_more_than_its_size_is_refused_before_it_does(tmp_path, part, monkeypatch):
+    torch.save({"a.weight": torch.rand(64, 64)}, tmp_path / "w.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "w.pth") as whole,
+        zipfile.ZipFile(tmp_path / "b.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for info in whole.infolist():
+            bomb.writestr(info.filename, whole.read(info) + bytes(1 << 23) * info.filename.endswith(part))
+    monkeypatch.setattr("distill.core.standins._UNSUSPECTED", 1 << 20)
+    assert read_state(tmp_path / "w.pth")["a.weight"].shape == (64, 64)
+    with pytest.raises(WeightsMismatchError, match=r"b.pth has \d+ bytes that unpack to \d+, .* a decompression bomb"):
+        read_state(tmp_path / "b.pth")
+    assert not mentions(tmp_path / "b.pth", "a")
+
+
+def test_a_tensor_that_repeats_one_number_is_refused_before_it_is_copied(tmp_path):
+    torch.save({"a.weight": torch.ones(1).expand(1 << 17, 1 << 17)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsMismatchError, match=r"holds a.weight \(131072, 131072\), which repeats few stored"):
+        read_state(tmp_path / "w.pth")
+    torch.save({"a.weight": torch.ones(1).expand(8, 8)}, tmp_path / "w.pth")
+    assert read_state(tmp_path / "w.pth")["a.weight"].shape == (8, 8)
