@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from distill.data.limits import unpacks_to
+
 
 def channels(data: bytes) -> dict[str, np.ndarray]:
     """Every channel (H,W) by name, prefixed with its part's name where two parts have a channel of that name.
@@ -23,6 +25,7 @@ def channels(data: bytes) -> dict[str, np.ndarray]:
     with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # OpenEXR only opens paths
         file.write(data)
         file.flush()
+        _check_claims(OpenEXR.File(file.name, header_only=True).parts, len(data))
         parts = OpenEXR.File(file.name, separate_channels=True).parts
     if not parts:
         raise ValueError("not a readable .exr (its pixels are cut short or damaged: download or copy it again)")
@@ -32,6 +35,17 @@ def channels(data: bytes) -> dict[str, np.ndarray]:
             plane = _in_display(channel.pixels, part.header)
             by_name[f"{part.name() or number}/{name}" if name in by_name else name] = plane
     return by_name
+
+
+def _check_claims(parts: Iterable[Any], packed: int) -> None:
+    """Raise ValueError where the headers claim more pixels than `packed` bytes may have."""
+    size = 0
+    for part in parts:
+        (left, top), (right, bottom) = (np.asarray(corner).astype(int) for corner in part.header["dataWindow"])
+        pixels = int(right - left + 1) * int(bottom - top + 1)
+        size += 4 * pixels * len(part.header["channels"])
+    if reason := unpacks_to(size, packed):
+        raise ValueError(reason)
 
 
 def one_map(channels: Mapping[str, np.ndarray], names: Iterable[str]) -> np.ndarray:

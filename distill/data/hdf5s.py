@@ -10,36 +10,47 @@ from typing import Any
 import numpy as np
 
 from distill.data import packing
+from distill.data.limits import unpacks_to
 
 
 def arrays(data: bytes) -> dict[str, np.ndarray]:
     """Every array of numbers by its path in the file; ImportError without h5py.
 
     Values that netCDF's attributes declare missing or out of range are NaN; numbers with a declared scale or unit are
-    marked (data.packing). ValueError for numbers that are compressed with a filter that is not installed.
+    marked (data.packing). ValueError for numbers that are compressed with a filter that is not installed, that lie in
+    other files, or that are too many.
     """
     import h5py
 
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {}
 
     def collect(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub" and _is_small(item):
+            if item.external or (item.is_virtual and any(part.file_name != "." for part in item.virtual_sources())):
+                raise ValueError(f"{name} lies in other files, which are not opened: store its numbers in one")
             if missing := [str(number) for number in _filters(item) if not h5py.h5z.filter_avail(number)]:
                 raise ValueError(
                     f"{name} is compressed with HDF5's filter {missing[0]}, which is not installed: store it with gzip"
                 )
-            # MATLAB stores arrays column-major, and logical ones as uint8.
-            stored = np.asarray(item[()].T if "MATLAB_class" in item.attrs else item[()])
-            if item.attrs.get("MATLAB_class") == b"logical":
-                found[name] = stored.astype(bool)
-            else:
-                if stored.dtype.kind == "i" and _is_unsigned(item.attrs):
-                    stored = stored.view(stored.dtype.str.replace("i", "u"))
-                found[name] = packing.by_netcdf(_filled(stored, item.attrs), item.attrs)
+            found[name] = item
 
     with h5py.File(io.BytesIO(data), "r") as file:
         file.visititems(collect)
-    return found
+        # Chunks that were never written take no bytes of the file.
+        if reason := unpacks_to(sum(item.size * item.dtype.itemsize for item in found.values()), len(data)):
+            raise ValueError(reason)
+        return {name: _numbers_of(item) for name, item in found.items()}
+
+
+def _numbers_of(item: Any) -> np.ndarray:
+    """A data set's numbers by MATLAB's and netCDF's attributes."""
+    # MATLAB stores arrays column-major, and logical ones as uint8.
+    stored = np.asarray(item[()].T if "MATLAB_class" in item.attrs else item[()])
+    if item.attrs.get("MATLAB_class") == b"logical":
+        return stored.astype(bool)
+    if stored.dtype.kind == "i" and _is_unsigned(item.attrs):
+        stored = stored.view(stored.dtype.str.replace("i", "u"))
+    return packing.by_netcdf(_filled(stored, item.attrs), item.attrs)
 
 
 def _is_small(item: Any) -> bool:

@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from distill.core import signatures
-from distill.data import damage, exrs, hdf5s, packing, rgba_floats, tiffs
+from distill.data import damage, exrs, hdf5s, limits, mats, packing, rgba_floats, tiffs
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5, .mat and COLMAP's .bin"
@@ -159,8 +159,8 @@ def _plane(values: Any, scale: float | None = 1.0) -> np.ndarray:
 def _npz(data: bytes) -> dict[str, Any]:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         sizes = {info.filename: info.file_size for info in archive.zip.infolist()}
-        if sum(sizes.values()) > 1 << 32:
-            raise BadMapError(f"unpacks to {sum(sizes.values())} bytes: too large for one map")
+        if reason := limits.unpacks_to(sum(sizes.values()), len(data)):
+            raise BadMapError(reason)
         if any(name.endswith("/data.pkl") for name in sizes):
             raise BadMapError(f"a torch file, not a map: save its tensor as .npy (supported: {READ})")
         arrays: dict[str, Any] = {}
@@ -218,7 +218,7 @@ def _describe(array: Any) -> str:
 def _png_values(data: bytes, name: str) -> np.ndarray:
     if reason := damage.png_damage(data):
         raise BadMapError(reason)
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+    with limits.opened(data, "PNG") as image:
         image.load()
         if image.mode == "P":
             return _grey_plane(np.array(image.convert("RGB")), "a palette of colours: a picture of a map, not a map")
@@ -300,7 +300,7 @@ def _check_length(data: bytes, start: int, size: int, kind: str) -> None:
 
 def _tiff(data: bytes) -> np.ndarray:
     page, mask = 0, None  # the largest page: the first may be a thumbnail
-    with contextlib.suppress(Image.UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+    with contextlib.suppress(Image.UnidentifiedImageError), limits.opened(data, "TIFF") as image:
         if image.mode == "P":
             raise BadMapError("a TIFF with a palette: a picture of a map, not a map; store its numbers")
         sizes, masks = tiffs.page_sizes(image)
@@ -354,14 +354,9 @@ def _mat(data: bytes) -> dict[str, Any]:
     if data[124:126] in (b"\0\2",) or b"MATLAB 7.3" in data[:32]:
         return _hdf5(data)
     try:
-        import scipy.io
+        return mats.arrays(data)
     except ImportError as error:
         raise BadMapError('a .mat: pip install "depth-distill[teachers]", or store .npy') from error
-    table = scipy.io.loadmat(io.BytesIO(data), chars_as_strings=False)
-    # loadmat does not mark logical arrays.
-    masks = {name for name, _, matlab_class in scipy.io.whosmat(io.BytesIO(data)) if matlab_class == "logical"}
-    arrays = {name: array for name, array in table.items() if not name.startswith("__")}
-    return {name: array.astype(bool) if name in masks else array for name, array in arrays.items()}
 
 
 def _png(data: bytes, name: str = "") -> np.ndarray:

@@ -37,6 +37,9 @@ from distill.core.crops import resize
 from distill.core.depth import DepthMap
 from distill.core.printable import printable
 from distill.data import cicp, colour, damage, filetypes, hdr, tiffs
+from distill.data.limits import LIMIT as LIMIT
+from distill.data.limits import MAX_PIXELS as MAX_PIXELS
+from distill.data.limits import max_pixels as max_pixels
 
 # Broken metadata in good photographs is common, and Pillow would warn of each. The filter is set globally, because a
 # filter around each photograph is not thread-safe.
@@ -44,8 +47,6 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # The parsers that Pillow may use. It has forty more, one of which starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
-MAX_PIXELS = 2**28  # 200-megapixel phones, and stitched panoramas
-LIMIT = "DISTILL_MAX_PIXELS"
 _PILLOW_LIMIT = 89_478_485  # Pillow's own limit for decompression bombs
 _PAGES = 16
 MAX_BYTES = 512 * 2**20
@@ -148,16 +149,6 @@ def load_file(path: Path, key: str, origin: str) -> Photo:
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror}") from error
     return Photo(key, decode(data), None, origin)
-
-
-def max_pixels() -> int:
-    """The most pixels that a photo may have: the environment variable DISTILL_MAX_PIXELS, else MAX_PIXELS."""
-    text = os.environ.get(LIMIT, "")
-    if not text:
-        return MAX_PIXELS
-    if not text.isdecimal() or not int(text):
-        raise ValueError(f"{LIMIT} must be a number of pixels such as {MAX_PIXELS}, not {text!r}")
-    return int(text)
 
 
 def decode(data: bytes) -> Tensor:

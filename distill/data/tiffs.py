@@ -5,7 +5,9 @@ Shapes: H height, W width of the pixels as they are stored.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +18,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from distill.data import packing
 from distill.data.colour import UnusablePixelsError
+from distill.data.limits import unpacks_to
 
 _WORDS = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
 _PAGES = 16
@@ -28,10 +31,16 @@ _PHOTOS = (0, 1, 2)
 def numbers(data: bytes, page: int = 0) -> np.ndarray:
     """The samples of one page as they are stored, any dtype: (H,W), (H,W,C), or (C,H,W) where they are planar.
 
-    Raises RuntimeError or ValueError where libtiff cannot decode them.
+    Raises RuntimeError or ValueError where libtiff cannot decode them, or they are too many.
     """
     import imagecodecs  # slow: a hundred codecs, each a library
 
+    size = 0
+    with contextlib.suppress(ValueError, OSError, LookupError, TypeError, struct.error):  # libtiff describes damage
+        tags = _tags(data, page)
+        size = max(1, _first(tags, 258, 1) // 8) * math.prod(_first(tags, tag, 1) for tag in (256, 257, 277))
+    if reason := unpacks_to(size, len(data)):
+        raise ValueError(reason)
     return np.asarray(imagecodecs.tiff_decode(data, index=page))
 
 

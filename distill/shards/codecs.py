@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from distill.core.codes import LAST, register
-from distill.data.photos import DECODE_ERRORS, max_pixels
+from distill.data.limits import max_pixels
+from distill.data.photos import DECODE_ERRORS
 
 MAX_ERROR = 1 / 8192  # of a map's range: guaranteed by every codec
 # From tests/speed/codecs.py: a fifth of png16's bytes, and a standard that other programs open. zst is as small and
