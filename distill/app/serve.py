@@ -2,7 +2,9 @@
 
 Python's own server and one page (assets/serve.html) suffice: Gradio 6 brings two dozen packages, and holds Pillow
 below the version that this project is tested with. The server listens on this machine alone unless told otherwise,
-keeps the last few results in memory and writes nothing.
+keeps the last few results in memory and writes nothing. A request must name the machine as a stranger's page cannot:
+by its address, `localhost`, its own name, or one that was allowed. Otherwise a page whose domain is pointed at
+127.0.0.1 once it is loaded (DNS rebinding) could read what this machine's user sees.
 
     GET /                      the page
     POST /predict?fov=         an image file's bytes -> {"id", "width", "height", "kind", "seconds", "takes_fov"}; fov:
@@ -12,20 +14,23 @@ keeps the last few results in memory and writes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
+import ipaddress
 import json
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from PIL import Image
 
@@ -37,6 +42,8 @@ MOST_BYTES = 64 << 20
 """The largest photo file, in bytes."""
 KEPT = 8
 """The number of results that stay in memory."""
+MOST_WAITING = 16
+"""The number of uploads that are in memory at once."""
 TYPES = {
     ".png": "image/png",
     ".npy": "application/octet-stream",
@@ -48,15 +55,21 @@ TYPES = {
 class DepthServer(ThreadingHTTPServer):
     """Serves one model; `results` are the last maps by id.
 
-    load: called once the port is bound, since loading a model takes a while.
+    load: called once the port is bound, since loading a model takes a while. names: by which requests may call this
+    machine, besides addresses, localhost, `host` and its own name.
     """
 
     daemon_threads = True
 
-    def __init__(self, load: Callable[[], Model], name: str, *, host: str, port: int) -> None:
+    def __init__(
+        self, load: Callable[[], Model], name: str, *, host: str, port: int, names: Collection[str] = ()
+    ) -> None:
         """Raises OSError if the port cannot be bound."""
         self.name = name
-        self.turn = threading.Lock()
+        own = socket.gethostname()
+        self.names = {text.lower().rstrip(".") for text in (*names, host, own, f"{own}.local", "localhost")}
+        self.turn, self.making = threading.Lock(), threading.Lock()
+        self.waiting = threading.BoundedSemaphore(MOST_WAITING)
         self.results: OrderedDict[str, Depth] = OrderedDict()
         self.count = 0
         super().__init__((host, port), _Handler)
@@ -70,6 +83,16 @@ class DepthServer(ThreadingHTTPServer):
         """Reports an error, but not a browser that disconnected before its answer."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
+
+    def is_called(self, host: str) -> bool:
+        """Whether a request's Host is an address or one of the names of this machine, with or without a port."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(name.partition("%")[0]))
+        return name.rstrip(".") in self.names
 
     def predict(self, data: bytes, fov: float = FOV) -> dict[str, Any]:
         """Predicts and keeps the map of an image file's bytes; its id and what it is. Raises BadImageError, ValueError.
@@ -94,13 +117,16 @@ class DepthServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: DepthServer
     protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds without a byte from the browser: its thread ends
 
     def log_message(self, *_: Any) -> None:
         """Logs nothing: the terminal is for the address and for errors."""
 
     def do_GET(self) -> None:  # noqa: N802
         """Sends the page, or a result's file."""
-        url = urlsplit(self.path)
+        if not self._is_for_us():
+            return
+        url = _split(self.path)
         if url.path == "/":
             page = resources.files("distill").joinpath("assets/serve.html").read_text(encoding="utf-8")
             self._send(200, page.replace("[[MODEL]]", html.escape(self.server.name)).encode(), ".html")
@@ -111,7 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._fault(404, "this result is no longer kept: send the photo again")
             return
         try:
-            data, suffix = _file(depth, name, _options(url.query))
+            with self.server.making:  # a surface of a large photo takes gigabytes
+                data, suffix = _file(depth, name, _options(url.query))
         except (ValueError, LookupError) as error:
             self._fault(400, str(error))
             return
@@ -122,20 +149,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:  # noqa: N802
         """Predicts the depth of a photo."""
+        if not self._is_for_us():
+            return
         origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+        if origin is not None and _split(origin).netloc != self.headers.get("Host"):
             self._refuse(403, "requests from another site's page are refused")
             return
         length = self.headers.get("Content-Length", "")
         size = int(length[:20]) if length.isdecimal() else 0  # Python refuses numbers of thousands of digits
-        url = urlsplit(self.path)
+        url = _split(self.path)
         if url.path != "/predict" or not 0 < size <= MOST_BYTES:
             usage = f"POST /predict takes a photo of at most {MOST_BYTES >> 20} MB"
             self._refuse(413 if length.isdecimal() else 400, usage)
             return
-        data = self.rfile.read(size)
+        if not self.server.waiting.acquire(blocking=False):
+            self._refuse(503, f"{MOST_WAITING} photos are waiting: try again later")
+            return
         try:
-            about = self.server.predict(data, _degrees(_options(url.query)))
+            about = self.server.predict(self.rfile.read(size), _degrees(_options(url.query)))
+        except (ConnectionError, TimeoutError):
+            raise
         except (BadImageError, ValueError, OSError) as error:
             self._fault(400, str(error))
         except (RuntimeError, MemoryError) as error:
@@ -143,6 +176,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._fault(500, f"the model failed on this photo: {reason}")
         else:
             self._send(200, json.dumps(about).encode(), ".json")
+        finally:
+            self.server.waiting.release()
+
+    def _is_for_us(self) -> bool:
+        """Whether the request names this machine; otherwise it is refused. Programs of old name none."""
+        host = self.headers.get("Host")
+        if host is None or self.server.is_called(host):
+            return True
+        self._refuse(403, f"{host} is no name of this machine: use its address, or distill serve --allow-name NAME")
+        return False
 
     def _refuse(self, code: int, text: str) -> None:
         """Sends an error without reading the body, and closes the connection: the body would block another request."""
@@ -158,6 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()
         self.wfile.write(data)
 
@@ -175,6 +219,14 @@ def _file(depth: Depth, name: str, options: dict[str, str]) -> tuple[bytes, str]
     with tempfile.TemporaryDirectory() as folder:
         camera: dict[str, Any] = {"fov": _degrees(options)} if is_3d else {}
         return depth.save(Path(folder) / f"depth{names[name]}", **camera).read_bytes(), names[name]
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; without any where it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
 
 
 def _options(query: str) -> dict[str, str]:

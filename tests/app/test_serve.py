@@ -145,7 +145,7 @@ def test_a_browser_that_goes_away_and_a_length_of_no_number_are_no_faults_here(a
     closed = serve.DepthServer.shutdown_request
     monkeypatch.setattr(serve.DepthServer, "shutdown_request", lambda *told: (closed(*told), gone.set()))
     place = address.rpartition("/")[2].split(":")
-    head = f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Length: "
+    head = "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
     for length, body in (("100000", b"half"), (str(len(photo())), photo())):
         gone.clear()
         with socket.create_connection((place[0], int(place[1]))) as browser:
@@ -182,8 +182,10 @@ def test_a_full_disk_is_one_line(address, monkeypatch):
 def test_a_refused_upload_is_not_read_as_the_next_request(address):
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as line:
-        inner = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-        head = f"POST /predict HTTP/1.1\r\nHost: x\r\nOrigin: http://evil\r\nContent-Length: {len(inner)}\r\n\r\n"
+        inner = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        head = (
+            f"POST /predict HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil\r\nContent-Length: {len(inner)}\r\n\r\n"
+        )
         line.sendall(head.encode() + inner)
         answer = b""
         with contextlib.suppress(ConnectionResetError):  # it may close with our body unread
@@ -210,3 +212,58 @@ def test_photos_are_predicted_one_at_a_time_and_the_last_few_are_kept():
         for thread in threads:
             thread.join()
         assert max(most) == 1 and list(server.results) == [str(n) for n in range(3, serve.KEPT + 3)]
+
+
+def raw(address: str, request: str) -> bytes:
+    """The answer to a request as it is written here."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as line:
+        line.sendall(request.encode("latin-1"))
+        return line.recv(1 << 16)
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:7860", "localhost.evil.example", "[", "", "127.0.0.1.evil.example"]
+)
+def test_a_page_whose_domain_is_pointed_here_is_refused(address, host):
+    key = json.loads(ask(f"{address}/predict", photo()))["id"]
+    for path in ("/", f"/{key}/depth.npy"):
+        assert raw(address, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n").startswith(b"HTTP/1.1 403")
+    request = f"POST /predict HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}\r\nContent-Length: 3\r\n\r\nabc"
+    assert raw(address, request).startswith(b"HTTP/1.1 403")
+
+
+def test_the_names_of_this_machine_are_answered(address):
+    names = ["localhost", "LOCALHOST:7860", "127.0.0.1:1", "[::1]:80", "10.0.0.7", socket.gethostname()]
+    for host in names:
+        assert raw(address, f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n").startswith(b"HTTP/1.1 200"), host
+    assert raw(address, "GET / HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+    with serve.DepthServer(lambda: Model(Fake()), "m", host="127.0.0.1", port=0, names=["Depth.example"]) as server:
+        assert server.is_called("depth.example:443") and not server.is_called("other.example")
+
+
+def test_addresses_that_are_none_are_refused_and_not_reported_here(address, monkeypatch):
+    faults = []
+    monkeypatch.setattr(socketserver.BaseServer, "handle_error", lambda *_: faults.append(1))
+    assert raw(address, "GET http://[ HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 404")
+    request = "POST /predict HTTP/1.1\r\nHost: localhost\r\nOrigin: http://[\r\nContent-Length: 3\r\n\r\nabc"
+    assert raw(address, request).startswith(b"HTTP/1.1 403") and not faults
+
+
+def test_uploads_that_wait_are_few_and_a_silent_browser_is_left(monkeypatch):
+    monkeypatch.setattr(serve, "MOST_WAITING", 1)
+    monkeypatch.setattr(serve._Handler, "timeout", 1)
+    faults = []
+    monkeypatch.setattr(socketserver.BaseServer, "handle_error", lambda *_: faults.append(1))
+    with serve.DepthServer(lambda: Model(Fake()), "m", host="127.0.0.1", port=0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_address[1]}"
+        with socket.create_connection(server.server_address[:2], timeout=10) as silent:
+            silent.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+            deadline = time.monotonic() + 5
+            while server.waiting._value and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert fault(f"{here}/predict", photo()) == (503, "1 photos are waiting: try again later")
+            assert silent.recv(9) == b""  # closed
+        assert json.loads(ask(f"{here}/predict", photo()))["width"] == 30 and not faults
+        server.shutdown()

@@ -23,6 +23,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="who may connect: by default only this machine; 0.0.0.0: all"
     )
+    parser.add_argument(
+        "--allow-name",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a further name under which browsers reach this machine, as of a proxy; may be repeated",
+    )
     parser.add_argument("--port", type=int, default=7860, help="default: 7860; 0 picks a free one")
 
 
@@ -44,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         model = partial(load, args.student or "pocket", device=args.device)
     note(f"loading {name} ...")
     try:
-        server = DepthServer(model, name, host=args.host, port=args.port)
+        server = DepthServer(model, name, host=args.host, port=args.port, names=args.allow_name)
     except socket.gaierror as error:
         raise OSError(
             f"--host {args.host}: {error.strerror}; 127.0.0.1 is only this machine, 0.0.0.0 all its addresses"
