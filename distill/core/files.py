@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from distill.core.links import unlink_link
+
 PARTIAL, OLD = ".partial", ".old"
 # Prefixes and suffixes of the temporary names that killed writers of earlier versions may have left.
 _EARLIER = ((".", ".tmp"), (".", ".part"), (".", ".new"), (".new.", ""))
@@ -192,6 +194,7 @@ def writing(path: Path, *, suffix: str = "", durable: bool = True, always: bool 
     try:
         with raising_write_errors(path):
             make_folder(path.parent)
+            unlink_link(new)
             yield new
             if always or new.is_file():
                 if durable:
@@ -371,10 +374,11 @@ def is_locked(path: Path) -> bool:
 
 
 def take_lock(path: Path, *, wait: bool = False) -> Lock | None:
-    """Return the lock of the file `path`, or None if it is taken; wait: block until it is free. Raises OSError."""
+    """Return the lock of a file, not a link, or None if it is taken; wait: block until it is free. Raises OSError."""
     since = time.monotonic()
     while True:
-        file = path.open("a+", encoding="utf-8")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+        file = os.fdopen(handle, "a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:

@@ -31,6 +31,7 @@ import webdataset
 from torch.utils.data import Dataset
 
 from distill.core import files
+from distill.core.links import unlink_link
 from distill.core.progress import Report
 from distill.core.seal import is_broken
 from distill.data.tars import walk_tar
@@ -82,6 +83,7 @@ class ShardWriter:
         self.aside = files.temporary_name(path).with_name(files.temporary_name(path).name + suffix)
         self.index: list[tuple[str, int, int]] = []
         with files.raising_write_errors(path):
+            unlink_link(self.aside)
             self._file = self.aside.open("wb")
         self._out = _Hashing(self._file)
         self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.GNU_FORMAT)  # type: ignore[call-overload]

@@ -342,3 +342,19 @@ def test_a_written_file_that_another_process_removed_is_an_error(tmp_path, monke
     with pytest.raises(files.WriteError, match=r"cannot write .*a: No such file"):
         files.write_bytes(tmp_path / "a", b"b")
     assert names(tmp_path) == []
+
+
+def test_links_of_a_stranger_s_folder_are_not_written_through(tmp_path):
+    """A downloaded folder may have a link under a name that is written aside, or locked, to a file of the user."""
+    (tmp_path / "f").mkdir()
+    for temporary in (".a.partial", ".a.partial.x"):
+        mine = tmp_path / "mine"
+        mine.write_text("precious")
+        (tmp_path / "f" / temporary).symlink_to(mine)
+        files.write_text(tmp_path / "f" / "a", "theirs", suffix=temporary.removeprefix(".a.partial"))
+        assert mine.read_text() == "precious" and (tmp_path / "f" / "a").read_text() == "theirs"
+        assert names(tmp_path / "f") == ["a"] and not (tmp_path / "f" / "a").is_symlink()
+    (tmp_path / "f" / ".lock").symlink_to(mine)
+    with pytest.raises(OSError, match=r"\.lock") as told:
+        files.take_lock(tmp_path / "f" / ".lock")
+    assert told.value.errno == errno.ELOOP and mine.read_text() == "precious"

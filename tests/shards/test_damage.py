@@ -35,6 +35,15 @@ def test_nothing_can_be_seen_of_a_tar_that_was_not_finished(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tar_is_not_written_through_a_link_of_a_stranger_s_folder(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / ".a-000.tar.partial").symlink_to(tmp_path / "mine")
+    with ShardWriter(tmp_path / "a-000.tar") as writer:
+        writer.close()
+        writer.publish()
+    assert (tmp_path / "mine").read_text() == "precious" and not (tmp_path / "a-000.tar").is_symlink()
+
+
 def test_a_tar_goes_to_the_disk_while_it_is_written(tmp_path, monkeypatch):
     """Each byte once, and in order, so that the sync at its end has little left to do."""
     sent = []

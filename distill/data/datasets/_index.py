@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import files
+from distill.core.links import unlink_link
 from distill.core.plugins import find, short_name
 from distill.core.progress import Report
 from distill.data.datasets import FOLDER, Group, Row, folders_of
@@ -68,6 +69,7 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
     _check_copies(plugin, root, groups)
     aside = files.temporary_name(path)
     with files.raising_write_errors(path), files.only_writer(path):
+        unlink_link(aside)
         done = _finished_groups(aside, root, groups)
         with aside.open("a", encoding="utf-8", newline="") as file:
             if not done:
