@@ -173,7 +173,7 @@ def _npy_size(head: bytes) -> int | None:
     try:
         header = ast.literal_eval(head[start:end].decode("latin1").strip())
         return end + math.prod(header["shape"]) * np.dtype(header["descr"]).itemsize
-    except (SyntaxError, ValueError, KeyError, TypeError):
+    except (SyntaxError, ValueError, KeyError, TypeError, MemoryError, RecursionError):
         return None
 
 

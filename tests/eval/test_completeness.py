@@ -10,7 +10,7 @@ import pytest
 from distill.app.cli import main
 from distill.core.findings import Finding
 from distill.core.plugins import find
-from distill.eval.completeness import _samples, check_benchmark
+from distill.eval.completeness import _npy_size, _samples, check_benchmark
 from distill.eval.protocol import list_hash
 from tests.eval.test_benchmarks import DEPTH, NAMES, RGB, content, image, listed, put, small_eth3d  # noqa: F401
 
@@ -144,3 +144,8 @@ def test_the_complete_images_keys_are_read_once(tmp_path, scannet):
     keys = Keys([*PAIRS][1:])
     found = _samples(find("distill.eval.benchmarks", "scannet"), put(tmp_path, scannet, "folder"), None, keys)
     assert len(found) == 5 and Keys.reads == 1, "not for every sample"
+
+
+@pytest.mark.parametrize("header", [b"{'descr': '<f4', 'shape': ('a', 9999999999999)}", b"(" * 240, b"-" * 240])
+def test_a_header_that_would_take_all_memory_is_none(header):
+    assert _npy_size(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header) is None
