@@ -38,7 +38,8 @@ def numbers(data: bytes, page: int = 0) -> np.ndarray:
     size = 0
     with contextlib.suppress(ValueError, OSError, LookupError, TypeError, struct.error):  # libtiff describes damage
         tags = _tags(data, page)
-        size = max(1, _first(tags, 258, 1) // 8) * math.prod(_first(tags, tag, 1) for tag in (256, 257, 277))
+        sides = math.prod(first_number(tags, tag, 1) for tag in (256, 257, 277))
+        size = max(1, first_number(tags, 258, 1) // 8) * sides
     if reason := unpacks_to(size, len(data)):
         raise ValueError(reason)
     return np.asarray(imagecodecs.tiff_decode(data, index=page))
