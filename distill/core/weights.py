@@ -281,12 +281,17 @@ def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None
         if flat:
             return flat
         raise WeightsMismatchError(f"{path} has no weights_key {key!r}; it holds {', '.join(tables) or 'one table'}")
-    first, *others = sorted(tables, key=_rank)
+    return tables[_taken(tables, path)[0]]
+
+
+def _taken(names: Iterable[str], where: str | Path) -> tuple[str, list[str]]:
+    """Of several tables or prefixes the one to take, and the others, which are logged; refuses equally good ones."""
+    first, *others = sorted(names, key=_rank)
     if others and _rank(first)[:2] == _rank(others[0])[:2]:
-        raise WeightsMismatchError(f"{path} holds {', '.join(tables)}: give one as weights_key")
+        raise WeightsMismatchError(f"{where} holds {', '.join(names)}: give one as weights_key")
     if others:
-        _log.warning('%s: took "%s"; weights_key takes another of: %s', path, first, ", ".join(others))
-    return tables[first]
+        _log.warning('%s: took "%s"; weights_key takes another of: %s', where, first, ", ".join(others))
+    return first, others
 
 
 _COUNTS = {"n_averaged", "initted", "step", "num_updates", "decay"}
@@ -360,13 +365,15 @@ def below_prefix(
         prefixes = [key[: -len(anchor)] for key in state if f".{key}".endswith(f".{anchor}")]
         if not prefixes:
             continue
-        first, *others = sorted(prefixes, key=_rank)
-        if others and _rank(first)[:2] == _rank(others[0])[:2]:
-            raise WeightsMismatchError(f"{where} holds {', '.join(prefixes)}: give one as weights_key")
-        if others:
-            _log.warning('%s: took "%s"; weights_key takes another of: %s', where, first, ", ".join(others))
-        ignored = tuple(beside) + tuple(others)
-        tensors = {key[len(first) :]: tensor for key, tensor in state.items() if key.startswith(first)}
+        first, others = _taken(prefixes, where)
+        ignored = (*beside, *others)
+        # A trainer may keep its averaged copy inside the network: "a.weight" and "ema.a.weight".
+        copies = tuple(p for p in others if p.startswith(first) and _BESIDE.match(p.removeprefix(first)))
+        tensors = {
+            key.removeprefix(first): tensor
+            for key, tensor in state.items()
+            if key.startswith(first) and not key.startswith(copies)
+        }
         unknown = {
             key: tensor
             for key, tensor in state.items()

@@ -116,6 +116,16 @@ def test_what_a_prefix_hides_is_found_and_what_lies_beside_is_refused(caplog):
     assert "left out more.weight" in caplog.text
 
 
+@pytest.mark.parametrize("outer", ["", "model."])
+def test_a_copy_inside_the_network_is_left_out(outer, caplog):
+    state = prefixed(outer) | prefixed(f"{outer}ema.", AVERAGED)
+    taken = below_prefix(state, ("a.weight",))
+    assert taken.keys() == RAW.keys() and taken["a.weight"][0] == 1
+    assert f'took "{outer}"; weights_key takes another of: {outer}ema.' in caplog.text
+    part = prefixed("") | prefixed("branch.")
+    assert below_prefix(part, ("a.weight",)).keys() == part.keys(), "of the network itself, not of its trainer"
+
+
 def test_chunks_of_blocks_are_joined():
     chunked = {f"blocks.{c}.{i}.x": torch.ones(1) for c, i in ((0, 1), (1, 2))}
     assert list(unchunked(chunked)) == ["blocks.1.x", "blocks.2.x"]
