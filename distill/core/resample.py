@@ -21,9 +21,9 @@ def exact_gradient(x: Tensor) -> bool:
     return x.is_cuda and torch.are_deterministic_algorithms_enabled()
 
 
-def resize_bilinear(x: Tensor, size: tuple[int, int], *, align_corners: bool, exact: bool | None = None) -> Tensor:
-    """Resize (B,C,H,W) to (B,C,*size), as F.interpolate's bilinear, no antialiasing. exact: None: `exact_gradient`."""
-    if not (exact_gradient(x) if exact is None else exact):
+def resize_bilinear(x: Tensor, size: tuple[int, int], *, align_corners: bool) -> Tensor:
+    """Resize (B,C,H,W) to (B,C,*size), as F.interpolate's bilinear, no antialiasing."""
+    if not exact_gradient(x):
         return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
     down = _weights(x.shape[-2], size[0], align_corners, x.device, x.dtype)
     across = _weights(x.shape[-1], size[1], align_corners, x.device, x.dtype)
@@ -42,14 +42,14 @@ def _weights(inputs: int, outputs: int, align_corners: bool, device: torch.devic
         return down.to(device, dtype)
 
 
-def read_boxes(maps: Tensor, rows: Tensor, columns: Tensor, *, exact: bool | None = None) -> Tensor:
+def read_boxes(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Sample maps (B,H,W) at the crossings of rows and columns (B,N,S), fractions of a side: (B,N,S,S), bilinear.
 
     Border values are repeated. Differentiable in `maps`.
     """
     batch, height, width = maps.shape
     num, size = rows.shape[1:]
-    if exact_gradient(maps) if exact is None else exact:
+    if exact_gradient(maps):
         return _hats(rows * height - 0.5, height) @ maps[:, None] @ _hats(columns * width - 0.5, width).mT
     shape = (batch, num, size, size)
     across, down = (2 * columns - 1)[:, :, None, :], (2 * rows - 1)[:, :, :, None]
@@ -65,12 +65,12 @@ def _hats(at: Tensor, count: int) -> Tensor:
     return (1 - (clamped - torch.arange(count, device=at.device, dtype=at.dtype)).abs()).clamp(min=0)
 
 
-def read_points(x: Tensor, points: Tensor, *, exact: bool | None = None) -> Tensor:
+def read_points(x: Tensor, points: Tensor) -> Tensor:
     """Sample (B,C,H,W) at points (B,h,w,2), x then y in [-1,1] between the outer edges: (B,C,h,w); bilinear.
 
     Border values are repeated. Differentiable in both.
     """
-    if not (exact_gradient(x) if exact is None else exact):
+    if not exact_gradient(x):
         return F.grid_sample(x, points, mode="bilinear", padding_mode="border", align_corners=False)
     batch, channels, height, width = x.shape
     across = (((points[..., 0] + 1) * width - 1) / 2).clamp(0, width - 1).flatten(1)
