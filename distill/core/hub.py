@@ -68,19 +68,19 @@ def _hub_errors(repository: str, *, writing: bool = False) -> Iterator[None]:
         ) from error
 
 
-def upload(folder: Path, repository: str, *, private: bool = False, message: str = "", kind: str = "model") -> str:
-    """Upload a folder as OWNER/NAME, created if it does not exist, without dot-files; returns the commit's URL.
+def upload(folder: Path, repository: str, *, private: bool = False, message: str = "") -> str:
+    """Upload a folder as the model OWNER/NAME, created if it does not exist, without dot-files; the commit's URL.
 
-    kind: "model" or "dataset". The token is huggingface_hub's (`hf auth login`). Raises HubError with one line.
+    The token is huggingface_hub's (`hf auth login`). Raises HubError with one line.
     """
     import huggingface_hub
 
     api = huggingface_hub.HfApi()
     with _hub_errors(repository, writing=True):
-        api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
+        api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository,
-            repo_type=kind,
+            repo_type="model",
             folder_path=str(folder),
             commit_message=message or f"Upload {folder.name}",
             ignore_patterns=[".*", "**/.*"],
