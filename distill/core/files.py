@@ -89,13 +89,13 @@ def write_error(path: Path, error: OSError) -> OSError:
         # Errors that numpy and tarfile raise themselves have no errno either.
         return WriteError(error.errno or errno.EIO, error.strerror or str(error), str(path))
     error_path = Path(os.fsdecode(error.filename))
-    for temporary in (
-        temporary
-        for temporary in (error_path, *error_path.parents)
-        if temporary.name.startswith(f".{path.name}{PARTIAL}")
-    ):
-        return WriteError(error.errno, error.strerror, str(path / error_path.relative_to(temporary)))
-    return WriteError(error.errno, error.strerror, str(error_path)) if error_path in (path, *path.parents) else error
+    partial = temporary_name(path).name
+    new = next((parent for parent in (error_path, *error_path.parents) if parent.name.startswith(partial)), None)
+    if new is not None:
+        error_path = path / error_path.relative_to(new)
+    elif error_path not in (path, *path.parents):
+        return error
+    return WriteError(error.errno, error.strerror, str(error_path))
 
 
 @contextlib.contextmanager

@@ -84,21 +84,20 @@ def readers(workers: int, ahead: int, *, size: int, tensors: int) -> tuple[int, 
     while it is handed over. The processes of one machine share its memory.
     """
     memory, files = shared_memory(), open_files()
-    bounds = [] if memory is None else [(int(0.8 * memory / _processes()) // max(1, size), "memory")]
-    bounds += [] if files is None else [((files - _OWN_FILES) // max(1, tensors), "files")]
+    bounds: list[tuple[int, str, str]] = []  # batches that fit, what there is, what helps
+    if files is not None:
+        fits = (files - _OWN_FILES) // max(1, tensors)
+        bounds.append((fits, f"{files} files may be open", "ulimit -n 4096"))
+    if memory is not None:
+        fits = int(0.8 * memory / _processes()) // max(1, size)
+        bounds.append((fits, f"{SHARED_MEMORY_DIR} has {memory / 1e6:.0f} MB free", "docker run --shm-size=8g"))
     if not workers or not bounds:
         return workers, ahead, ""
-    fits, scarce = min(bounds)
+    fits, free, tip = min(bounds, key=lambda bound: bound[0])
     fits -= 2  # one is being handed over, one is trained on
     if fits >= workers * ahead:
         return workers, ahead, ""
     max_workers, max_ahead = (workers, fits // workers) if fits >= workers else (max(0, fits), 1)
-    free = (
-        f"{SHARED_MEMORY_DIR} has {(memory or 0) / 1e6:.0f} MB free"
-        if scarce == "memory"
-        else f"{files} files may be open"
-    )
-    tip = "docker run --shm-size=8g" if scarce == "memory" else "ulimit -n 4096"
     note = (
         f"{max_workers} of {workers} processes read, {max_ahead} ahead"
         if max_workers

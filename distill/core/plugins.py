@@ -108,7 +108,7 @@ def source(package: str, name: str) -> str:
     if is_path(name):
         path = home_expanded(name)
     elif _is_own(package, name):
-        path = _ROOT.joinpath(*_module(package, name).split(".")).with_suffix(".py")
+        path = _file(package, name)
     else:
         from importlib.util import find_spec
 
@@ -152,13 +152,17 @@ def short_name(name: str) -> str:
 
 
 def _is_own(package: str, name: str) -> bool:
-    file = _ROOT.joinpath(*_module(package, name).split(".")).with_suffix(".py")
-    return name.isidentifier() and not name.startswith("_") and not name.endswith("_") and file.is_file()
+    is_plain = name.isidentifier() and not name.startswith("_") and not name.endswith("_")
+    return is_plain and _file(package, name).is_file()
 
 
 def _own(package: str) -> list[str]:
     folder = _ROOT.joinpath(*package.split("."))
     return sorted(path.stem.removesuffix("_") for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def _file(package: str, name: str) -> Path:
+    return _ROOT.joinpath(*_module(package, name).split(".")).with_suffix(".py")
 
 
 def _module(package: str, name: str) -> str:

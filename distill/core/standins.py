@@ -23,6 +23,7 @@ _WORDS = (
     (b"<", "is a web page, not weights: download it again, logged in where it is gated"),
     (b"{", "is JSON, not weights: an error of the server that it came from, or an index under another name"),
 )
+_GIVE = "give the weights that it was made from"
 _READ = ("a zip archive", "a Python pickle")  # results of signatures.sniff: torch's own files are one of these
 _TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
 """The magic number of torch's legacy pickles (before zip files), which follows the protocol."""
@@ -107,9 +108,9 @@ def fault_of_zip(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if any(name.endswith("/archive_format") for name in names):
-            return "is a torch.export program (.pt2): give the weights that it was made from"
+            return f"is a torch.export program (.pt2): {_GIVE}"
         if any(name.endswith("/constants.pkl") for name in names):
-            return "is a TorchScript program: give the weights that it was made from"
+            return f"is a TorchScript program: {_GIVE}"
         if all(name.endswith(".npy") for name in names):
             return "holds NumPy's arrays (.npz), not weights of a torch network"
         if not any(name.endswith("data.pkl") for name in names):
@@ -158,11 +159,12 @@ def _is_whole(archive: zipfile.ZipFile, name: str) -> bool:
 
 
 # Patterns of the names that libraries give to tensors other than the network's own weights.
+_LORA = r"(.*\.)?lora_(embedding_)?[AB]\b.*|.*\.lora_(up|down)\.weight"
 _KINDS = (
-    (r"(.*\.)?lora_(embedding_)?[AB]\b.*|.*\.lora_(up|down)\.weight", "an adapter (LoRA): merge it with its network"),
-    (r".*\.(SCB|weight_format)|.*\.(absmax|quant_map|quant_state\.\w+)", "quantised by bitsandbytes: give"),
-    (r".*\.(qweight|qzeros|g_idx)", "quantised (GPTQ, AWQ): give"),
-    (r".*\.weight_scale(_inv)?|.*\.input_scale", "quantised to eight bits: give"),
+    (_LORA, "an adapter (LoRA): merge it with its network, and save that"),
+    (r".*\.(SCB|weight_format)|.*\.(absmax|quant_map|quant_state\.\w+)", f"quantised by bitsandbytes: {_GIVE}"),
+    (r".*\.(qweight|qzeros|g_idx)", f"quantised (GPTQ, AWQ): {_GIVE}"),
+    (r".*\.weight_scale(_inv)?|.*\.input_scale", f"quantised to eight bits: {_GIVE}"),
 )
 
 
@@ -182,8 +184,7 @@ def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
     packed = any(tensor.element_size() == 1 and tensor.dtype != torch.bool for tensor in state.values())
     for pattern, description in _KINDS if packed else _KINDS[:-1]:
         if name := next((name for name in state if re.fullmatch(pattern, name)), ""):
-            advice = ", and save that" if description.endswith("its network") else " the weights that it was made from"
-            return f"holds {name}: {description}{advice}"
+            return f"holds {name}: {description}"
     for name, tensor in state.items():
         if tensor.is_meta:
             return f"holds {name} without its numbers (on the device meta): save the weights after they are loaded"
@@ -192,9 +193,7 @@ def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
         if not tensor.numel() and tensor.ndim and name.endswith(_NUMBERS):
             return f"holds {name} empty, as DeepSpeed's ZeRO leaves it: {ZERO}"
         if name.endswith(_NUMBERS) and tensor.element_size() == 1:
-            return (
-                f"holds {name} as {str(tensor.dtype)[6:]}: quantised to eight bits: give the weights it was made from"
-            )
+            return f"holds {name} as {str(tensor.dtype)[6:]}: quantised to eight bits: {_GIVE}"
         is_integer = name.endswith(_NUMBERS) and not tensor.is_floating_point()
         if tensor.is_quantized or tensor.layout != torch.strided or is_integer:
             form = str(tensor.dtype if tensor.is_quantized or is_integer else tensor.layout).removeprefix("torch.")
