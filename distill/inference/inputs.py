@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,31 +51,46 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     for argument in inputs:
         if not argument.strip():
             raise ValueError(f"{argument!r} names no photo; give files, folders or globs (. is this folder)")
-        files = list(_files(home_expanded(argument)))
+        given = home_expanded(argument)
+        files = list(_files(given))
         candidates = [entry for entry in files if not outputs.holds(entry[0])]
         for file, stem, name in candidates:
             if stem:
                 photos.setdefault(file.absolute(), stem)
-            elif reason := _list_of(file, argument) or filetypes.refusal(name):
+            elif reason := _list_of(file, given) or filetypes.refusal(name):
                 refused[f"{file}: {reason}"] = None
             else:
                 skipped[file.absolute()] = filetypes.skip_category(name)
         if not any(stem for _, stem, _ in candidates):
+            if not files and not given.exists():
+                raise FileNotFoundError(f"{argument}: {_why_missing(argument, given)}")
             only_outputs = f" but what this command made in {out}" if any(stem for _, stem, _ in files) else ""
-            others = (
-                f"; there are {filetypes.summarize_counts(skipped.values())}" if skipped and not only_outputs else ""
-            )
-            others += "".join(f"; {line}" for line in list(refused)[:2])
-            if not files and not home_expanded(argument).exists():
-                pattern = set(argument) & set("*?[") or _NUMBER.search(argument)
-                reason = "matches no file" if pattern else "no such file or folder"
-                reason = "a link to nothing" if home_expanded(argument).is_symlink() else reason
-                reason = "a URL, but only local files are read: download it" if "://" in argument else reason
-                raise FileNotFoundError(f"{argument}: {reason}")
+            counts = filetypes.summarize_counts(skipped.values()) if skipped and not only_outputs else ""
+            others = [*([f"there are {counts}"] if counts else []), *list(refused)[:2]]
+            suffixes = ", ".join((*PHOTOS, *VIDEOS))
             raise FileNotFoundError(
-                f"{argument}: no photo or video there{only_outputs} ({', '.join((*PHOTOS, *VIDEOS))}){others}"
+                "; ".join([f"{argument}: no photo or video there{only_outputs} ({suffixes})", *others])
             )
-    # A photo found both directly and through a link is predicted once, under its own name.
+    chosen = _each_once(photos, refused, skipped)
+    jobs = [PredictionJob(path, outputs.stem(path, photos[file])) for path, file in chosen.items()]
+    notes = [
+        _SEQUENCE.format(argument) for argument in inputs if _NUMBER.search(argument) and not Path(argument).exists()
+    ]
+    return Survey(jobs, list(refused), Counter(skipped.values()), tuple(notes))
+
+
+def _why_missing(argument: str, path: Path) -> str:
+    if "://" in argument:
+        return "a URL, but only local files are read: download it"
+    if path.is_symlink():
+        return "a link to nothing"
+    return "matches no file" if set(argument) & set("*?[") or _NUMBER.search(argument) else "no such file or folder"
+
+
+def _each_once(photos: Iterable[Path], refused: dict[str, None], skipped: dict[Path, str]) -> dict[Path, Path]:
+    """The photos by what they resolve to, once each: under its own name rather than a link's; adds the others to
+    `refused` and `skipped`.
+    """
     chosen: dict[Path, Path] = {}
     for file in photos:
         if reason := not_a_file(file):
@@ -87,20 +102,16 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             skipped[file] = "linked twice"
         if resolved not in chosen or chosen[resolved].is_symlink():
             chosen[resolved] = file
-    jobs = [PredictionJob(path, outputs.stem(path, photos[file])) for path, file in chosen.items()]
-    notes = [
-        _SEQUENCE.format(argument) for argument in inputs if _NUMBER.search(argument) and not Path(argument).exists()
-    ]
-    return Survey(jobs, list(refused), Counter(skipped.values()), tuple(notes))
+    return chosen
 
 
 _LISTS = (".txt", ".lst", ".csv")
 _LIST = "a text file, not a photo: give the photos that it lists (`xargs -d '\\n' -a {} distill predict`)"
 
 
-def _list_of(file: Path, given: str) -> str:
+def _list_of(file: Path, given: Path) -> str:
     """Return why a text file given by its own name is not an input, or "" for any other file."""
-    return _LIST.format(file) if file.suffix.lower() in _LISTS and file == home_expanded(given) else ""
+    return _LIST.format(file) if file.suffix.lower() in _LISTS and file == given else ""
 
 
 _NUMBER = re.compile(r"%0?(\d*)d")
