@@ -12,7 +12,7 @@ import contextlib
 import errno
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -49,42 +49,19 @@ class Film:
     def __init__(self, path: Path) -> None:
         self.problem = ""
         self._path = path
-        # Text may be a playlist, which FFmpeg would follow to any other file.
-        if (detail := _other_format(path)).startswith("text"):
-            raise BadImageError(f"not a video: it is {detail}")
-        try:
-            self._container = av.open(str(path), metadata_errors="ignore")
-        except (av.error.FFmpegError, OSError, ValueError) as error:
-            if detail := _other_format(path):
-                raise BadImageError(f"not a video: it is {detail}") from error
-            truncated = path.is_file() and (_cut_box(path) is not None or _ends_in_zeros(path))
-            reason = f"not a video that can be opened ({_reason(error)}): copy it again, or convert it to H.264"
-            raise BadImageError(_CUT if truncated else reason) from error
+        self._container = _opened(path)
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
-        codec = getattr(streams[0], "codec_context", None) if streams else None
-        if codec is None:
-            detail = (
-                f"its codec {_codec_name(path)} has no decoder here: convert it to H.264"
-                if streams
-                else "no video in it"
-            )
-            cut_inside = _cut_box(path)
-            if cut_inside == b"moov" or (cut_inside is not None and (streams or not self._container.streams)):
-                detail = _CUT
+        if fault := _stream_fault(path, self._container, streams):
             self._container.close()
-            raise BadImageError(detail)
-        if _of_dolby(path):
-            self._container.close()
-            raise BadImageError(_DOLBY_VISION)
-        self._stream, self._codec_name = streams[0], codec.name
+            raise BadImageError(fault)
+        self._stream, self._codec_name = streams[0], streams[0].codec_context.name
         rates = (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate)
         self.rate = next((float(rate) for rate in rates if rate and 0.01 <= rate <= 1000), 25.0)
         self.total = self._stored = max(0, self._stream.frames)
         self._format = self._container.format.name
-        self._is_mov = "mov" in self._format
         self._truncated = _is_truncated(path)
         self._size: tuple[int, int] | None = None
-        if self._is_mov and self._stream.duration and self._stream.time_base:
+        if "mov" in self._format and self._stream.duration and self._stream.time_base:
             # The number of frames in the header counts those that an edit list hides.
             self._end_s = float((self._stream.start_time or 0) + self._stream.duration) * float(self._stream.time_base)
             shown = round(float(self._stream.duration * self._stream.time_base) * self.rate)
@@ -163,6 +140,31 @@ class Film:
             damage_note += "; it ends in zeros, as an unfinished download does" if zeros else ""
             return f"stops at frame {count} of {self.total if self.total > count else 'more'}{damage_note}"
         return f"{lost} of its frames are damaged; {count} could be decoded" if lost else ""
+
+
+def _opened(path: Path) -> Any:
+    """PyAV's container of a film; BadImageError for a file that is none."""
+    # Text may be a playlist, which FFmpeg would follow to any other file.
+    if (detail := _other_format(path)).startswith("text"):
+        raise BadImageError(f"not a video: it is {detail}")
+    try:
+        return av.open(str(path), metadata_errors="ignore")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        if detail:
+            raise BadImageError(f"not a video: it is {detail}") from error
+        truncated = path.is_file() and (_cut_box(path) is not None or _ends_in_zeros(path))
+        reason = f"not a video that can be opened ({_reason(error)}): copy it again, or convert it to H.264"
+        raise BadImageError(_CUT if truncated else reason) from error
+
+
+def _stream_fault(path: Path, container: Any, streams: Sequence[Any]) -> str:
+    """Why none of the container's video streams can be shown here, or ""."""
+    if streams and getattr(streams[0], "codec_context", None) is not None:
+        return _DOLBY_VISION if _of_dolby(path) else ""
+    cut_inside = _cut_box(path)
+    if cut_inside == b"moov" or (cut_inside is not None and (streams or not container.streams)):
+        return _CUT
+    return f"its codec {_codec_name(path)} has no decoder here: convert it to H.264" if streams else "no video in it"
 
 
 _DOLBY_VISION = (
@@ -346,16 +348,6 @@ def _codec_name(path: Path) -> str:
 
 def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error).splitlines()[0][:120]
-
-
-def frames(path: Path) -> Iterator[tuple[np.ndarray, float, int]]:
-    """Yield (H,W,3) frames, each with the frames per second and the expected number of frames (0: unknown).
-
-    Raises BadImageError as `Film` does.
-    """
-    film = Film(path)
-    for rgb in film:
-        yield rgb, film.rate, film.total
 
 
 _MP4V_SIDE = 8190  # MPEG-4 has 13 bits per side; an 8K film beside its depth map is wider

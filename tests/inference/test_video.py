@@ -32,8 +32,8 @@ def test_a_video_becomes_frames_and_films(tmp_path, monkeypatch):
     assert synced == [(out / "v", False)], "the frames are on the disk before the file that says so"
     frames = [f"v/{i:06d}.{suffix}" for i in range(3) for suffix in ("npy", "png")]
     assert names(out) == ["predict.json", "predict_sources.jsonl", "v.json", *frames, "v_side.mp4"]
-    shown = [(rgb.shape, rate) for rgb, rate, _ in video.frames(out / "v_side.mp4")]
-    assert shown == [((30, 80, 3), 10.0)] * 3
+    shown = video.Film(out / "v_side.mp4")
+    assert [rgb.shape for rgb in shown] == [(30, 80, 3)] * 3 and shown.rate == 10.0
     assert predict.run(estimator, jobs, out=out, formats=["png", "npy", "side"], report=silent).present == 1
     assert estimator.calls == 3
 
@@ -46,13 +46,13 @@ def test_a_damaged_video_keeps_its_frames_and_is_not_complete(tmp_path):
     shoot(path, 12, size=(320, 240), codec="MJPG")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    count = len(list(video.frames(path)))
+    count = len(list(video.Film(path)))
     assert 0 < count < 12
     for _ in range(2):
         done = call(Fake(), path, out=out, formats=["npy", "colour"])
         assert done == (0, 0, [f"{path}: stops at frame {count} of 12"])
         assert len(list((out / "v").glob("*.npy"))) == count and not (out / "v.json").exists()
-        assert len(list(video.frames(out / "v_colour.mp4"))) == count
+        assert len(list(video.Film(out / "v_colour.mp4"))) == count
     path.write_bytes(whole)
     assert call(Fake(), path, out=out, formats=["npy"]) == (1, 0, [])
     assert len(list((out / "v").glob("*.npy"))) == 12 and not (out / "v_colour.mp4").exists()
