@@ -99,7 +99,7 @@ class DepthServer(ThreadingHTTPServer):
 
         fov: the horizontal field of view in degrees, for a model that takes it.
         """
-        takes_fov: bool = getattr(self.model.estimator, "takes_focal", False)
+        takes_fov = self.model.estimator.takes_focal
         with self.turn:  # one at a time: memory is planned for one image
             start = time.perf_counter()
             depth = self.model(data, **({"fov": fov} if takes_fov else {}))

@@ -11,9 +11,9 @@ Shapes: H height, W width.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +81,14 @@ class Depth:
             lens = solid.camera(fov, intrinsics, *self.values.shape)
             solid_inputs = (self.values, self.valid, self.kind, self._rgb(), lens)
             files.write_bytes(path, solid.encode(name, *solid_inputs, far=far, title=path.stem))
-        elif name == "npy":
-            files.write_bytes(path, _npy(self.numpy()))
         elif name == "jpg":
             _, data = cv2.imencode(".jpg", self.colorize()[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
             files.write_bytes(path, data.tobytes())
         else:
             values, valid = self.numpy(), self.valid.cpu().numpy()
-            if not valid.any() or not np.isfinite(values[valid]).all():
+            if name == "png" and (not valid.any() or not np.isfinite(values[valid]).all()):
                 raise ValueError(f"{path}: the map has no valid pixels, or values that are not finite: save it as .npy")
-            predict.write_map(path, "png", values, self._rgb(), predict.value_range(values), str(self.kind))
+            predict.write_map(path, name, values, self._rgb(), str(self.kind))
         return path
 
     def colorize(self, cmap: str = "distill") -> np.ndarray:
@@ -128,12 +126,6 @@ class Depth:
         return self.photo.permute(1, 2, 0).numpy()
 
 
-def _npy(values: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, values)
-    return file.getvalue()
-
-
 class Model:
     """A student or teacher that is called with pictures; `card` describes it, `estimator` is the batched interface."""
 
@@ -151,28 +143,20 @@ class Model:
         fov: of the camera, horizontal, in degrees, or intrinsics, 3 x 3 in pixels: for a model whose metres depend on
         it (estimator.takes_focal); raises ValueError for any other model, or for an impossible camera.
         """
-        user_camera: dict[str, Any] = {"fov": fov, "intrinsics": intrinsics}
-        takes_focal = getattr(self.estimator, "takes_focal", False)  # external estimators may not have it
-        if not takes_focal and (given_names := [name for name, v in user_camera.items() if v is not None]):
-            raise ValueError(
-                f"{given_names[0]}: the map of {self.card.weights} does not depend on the camera; leave it out"
-            )
-
-        def depth_of(image: Any) -> Depth:
-            return self._predict(image, **user_camera)
-
-        if is_batch(images):
-            if isinstance(images, Tensor):
-                checked(images)
-            return [depth_of(image) for image in images]
-        if isinstance(images, list | tuple):
+        given = [name for name, value in (("fov", fov), ("intrinsics", intrinsics)) if value is not None]
+        if given and not self.estimator.takes_focal:
+            raise ValueError(f"{given[0]}: the map of {self.card.weights} does not depend on the camera; leave it out")
+        depth_of = partial(self._predict, fov=fov, intrinsics=intrinsics)
+        if is_batch(images) and isinstance(images, Tensor):
+            checked(images)
+        if is_batch(images) or isinstance(images, list | tuple):
             return [depth_of(image) for image in images]
         single = isinstance(images, str | bytes | bytearray | memoryview | np.ndarray | Tensor) or is_file(images)
         if isinstance(images, Iterable) and not single:
             return (depth_of(image) for image in images)
         return depth_of(images)
 
-    def _predict(self, image: Any, *, fov: float | None = None, intrinsics: Any = None) -> Depth:
+    def _predict(self, image: Any, *, fov: float | None, intrinsics: Any) -> Depth:
         tensor = picture(image).cpu()
         has_camera = fov is not None or intrinsics is not None
         focal_option = {"focal": solid.camera(fov, intrinsics, *tensor.shape[-2:]).focal} if has_camera else {}

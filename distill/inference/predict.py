@@ -163,7 +163,7 @@ def _run(
     lens: Lens | None,
 ) -> PredictOutcome:
     lens = lens or Lens()
-    uses_lens = bool(SOLID.keys() & set(formats)) or getattr(estimator, "takes_focal", False)
+    uses_lens = estimator.takes_focal or not SOLID.keys().isdisjoint(formats)
     _check_settings(estimator, outputs.folder, lens if uses_lens else None)
     outcome = PredictOutcome()
     for done, job in enumerate(jobs):
@@ -205,30 +205,34 @@ def _problem(job: PredictionJob, error: Exception) -> str:
 
 
 def _check_settings(estimator: Estimator, out: Path, lens: Lens | None) -> None:
+    """Write what makes the maps of a folder; ValueError if it holds maps that something else made.
+
+    lens: None if no map depends on the camera; the folder's earlier one is then kept.
+    """
     card, path = estimator.card, out / SETTINGS
     settings = {"student": card.weights, "revision": card.revision, "size": card.native_size, "kind": str(card.kind)}
-    settings |= {"camera": json.loads(json.dumps(asdict(lens)))} if lens else {}
-    options = json.loads(json.dumps(getattr(estimator, "options", {}), default=str))
-    settings |= {"options": options} if options else {}
+    camera = json.loads(json.dumps(asdict(lens))) if lens else None
+    options = json.loads(json.dumps(estimator.options, default=str))
     if path.is_file():
         try:
             existing = json.loads(path.read_text(encoding="utf-8"))
             differing = [key for key in ("revision", "size") if existing[key] != settings[key]]
-            differing += ["options"] if existing.get("options", {}) != options else []
-            differing += (
-                ["camera"] if "camera" in existing and lens and existing["camera"] != settings["camera"] else []
-            )
-            settings |= {"camera": existing["camera"]} if "camera" in existing else {}
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{path}: damaged, or not from distill predict; give another --out, or delete this file if the maps "
                 "beside it are of this student and size"
             ) from error
+        earlier_camera = existing.get("camera")
+        differing += ["options"] if existing.get("options", {}) != options else []
+        differing += ["camera"] if camera and earlier_camera and camera != earlier_camera else []
+        camera = camera or earlier_camera
         if differing:
             raise ValueError(
                 f"{out}: holds predictions with another {' and '.join(differing)} ({existing.get('student')}); "
                 "give another --out"
             )
+    settings |= {"camera": camera} if camera else {}
+    settings |= {"options": options} if options else {}
     files.write_json(path, settings | {"licence": card.licence})
 
 
@@ -241,7 +245,6 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
     photo = read(job.path)
     depth = estimator.predict(photo, **_focal(estimator, job, photo, lens))
     values = _whole(depth, photo)
-    span = value_range(values)
     rgb = photo.permute(1, 2, 0).numpy()
     entry = outputs.begin(entry, missing)
     for name in missing:
@@ -250,15 +253,14 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
             solid_inputs = (depth.values[0], depth.valid[0], depth.kind, rgb, lens.of(job.path, *values.shape))
             files.write_bytes(path, solid.encode(name, *solid_inputs, far=lens.far, title=job.path.name))
         else:
-            write_map(path, name, values, rgb, span, str(estimator.card.kind))
+            write_map(path, name, values, rgb, str(estimator.card.kind))
     outputs.finish(entry, missing)
     return True
 
 
 def _focal(estimator: Estimator, job: PredictionJob, image: Tensor, lens: Lens) -> dict[str, float]:
     """Return the focal length of an image (3,H,W) as an option, for a model that takes it."""
-    takes = getattr(estimator, "takes_focal", False)
-    return {"focal": lens.of(job.path, *image.shape[-2:]).focal} if takes else {}
+    return {"focal": lens.of(job.path, *image.shape[-2:]).focal} if estimator.takes_focal else {}
 
 
 def _whole(depth: DepthMap, photo: Tensor) -> np.ndarray:
@@ -280,22 +282,8 @@ def _whole(depth: DepthMap, photo: Tensor) -> np.ndarray:
     return values if valid.all() else np.where(valid, values, np.float32(np.nan))
 
 
-def value_range(values: np.ndarray) -> tuple[float, float]:
-    """The lowest and highest value of a map, ignoring NaN; not all may be NaN."""
-    return float(np.nanmin(values)), float(np.nanmax(values))
-
-
-def write_map(
-    path: Path,
-    name: str,
-    values: np.ndarray,
-    rgb: np.ndarray,
-    span: tuple[float, float],
-    kind: str,
-    *,
-    durable: bool = True,
-) -> None:
-    """Write a map (H,W) as one of outputs.FORMATS; rgb: (H,W,3) uint8; span: the range of a "png".
+def write_map(path: Path, name: str, values: np.ndarray, rgb: np.ndarray, kind: str, *, durable: bool = True) -> None:
+    """Write a map (H,W), not NaN everywhere, as one of outputs.FORMATS; rgb: (H,W,3) uint8.
 
     NaN marks a pixel without a value: NaN in "npy", grey in colours, code 0 in "png", whose text then has "invalid"
     = "0"; no other pixel has that code.
@@ -307,7 +295,7 @@ def write_map(
             file.write(buffer.getbuffer())
         elif name == "png":
             png_text = PngImagePlugin.PngInfo()
-            (low, high), invalid_text = span, {}
+            low, high, invalid_text = float(np.nanmin(values)), float(np.nanmax(values)), {}
             if np.isnan(values).any():
                 low -= (high - low) / 65534 or max(abs(high), 1.0)
                 invalid_text = {"invalid": "0"}
@@ -383,10 +371,9 @@ def _video(
             if frame_formats or films:
                 frame_rgb = torch.from_numpy(rgb).permute(2, 0, 1)
                 values = _whole(estimator.predict(frame_rgb, **_focal(estimator, job, frame_rgb, lens)), frame_rgb)
-                frame_range = value_range(values)
                 for name in frame_formats:
                     frame_path = outputs.path(entry, name, count)
-                    write_map(frame_path, name, values, rgb, frame_range, str(estimator.card.kind), durable=False)
+                    write_map(frame_path, name, values, rgb, str(estimator.card.kind), durable=False)
                 near = nearness(values, str(estimator.card.kind))
                 shown = _shown(near)
                 span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])

@@ -20,6 +20,8 @@ class Fake:
     class card:  # noqa: N801
         weights, revision, native_size, kind, licence = "fake", "r1", 64, Kind.AFFINE_DISPARITY, "CC0"
 
+    takes_focal, options = False, {}
+
     def __init__(self):
         self.calls = 0
 

@@ -28,6 +28,8 @@ CHW = torch.from_numpy(RGB).permute(2, 0, 1)
 class Red:
     """Its map is the red channel in [0,1]."""
 
+    takes_focal = False
+
     def __init__(self, kind=Kind.AFFINE_DISPARITY):
         self.card = type("card", (), {"licence": "CC0", "kind": kind})
 

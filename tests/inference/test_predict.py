@@ -284,9 +284,8 @@ def test_what_a_model_leaves_out_is_no_fault_and_a_map_without_numbers_is_no_map
     for numbers in (torch.arange(16.0).reshape(1, 4, 4), torch.full((1, 4, 4), 3.0)):
         known = predict._whole(DepthMap(numbers, some, Kind.METRIC_DEPTH), photo * 0)
         assert np.isnan(known[0]).all() and np.array_equal(known[1:], numbers[0, 1:])
-        ends = predict.value_range(known)
         for name in ("png", "npy", "colour", "side"):
-            predict.write_map(tmp_path / name, name, known, np.zeros((4, 4, 3), np.uint8), ends, "metric_depth")
+            predict.write_map(tmp_path / name, name, known, np.zeros((4, 4, 3), np.uint8), "metric_depth")
         np.testing.assert_allclose(decode_map((tmp_path / "png").read_bytes(), "a.png"), known, atol=9e-5)
         np.testing.assert_array_equal(np.load(tmp_path / "npy"), known)
         assert (np.asarray(Image.open(tmp_path / "colour"))[0] == np.array(INVALID)).all()
@@ -300,7 +299,7 @@ def test_what_a_model_leaves_out_is_no_fault_and_a_map_without_numbers_is_no_map
 
 def test_beside_a_panorama_that_no_jpeg_holds_the_picture_is_smaller(tmp_path):
     rgb, values = np.zeros((4, 33000, 3), np.uint8), np.zeros((4, 33000), np.float32)
-    predict.write_map(tmp_path / "side.jpg", "side", values, rgb, (0.0, 1.0), "affine_disparity")
+    predict.write_map(tmp_path / "side.jpg", "side", values, rgb, "affine_disparity")
     with Image.open(tmp_path / "side.jpg") as side:
         assert side.size == (33000, 2)
     assert within_jpeg(np.zeros((1, 65500, 3), np.uint8)).shape == (1, 65500, 3), "what fits is kept"
