@@ -151,7 +151,7 @@ def training_labels(recipe: Recipe) -> LabelDataset | OnlineDataset:
     if recipe.labels.online:
         return OnlineDataset(
             input_shards(recipe),
-            load_teachers(recipe, on=device(recipe), sky=recipe.labels.sky),
+            load_teachers(recipe, on=device(recipe)),
             crops=recipe.crops,
             labels=recipe.labels,
             seed=recipe.run.seed,

@@ -114,7 +114,7 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
         trusted_recipes.record(as_table(recipe))
     images = input_shards(recipe)
     device = build.device(recipe)
-    teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)
+    teachers = teaching.load_teachers(recipe, on=device)
     references = teaching.float32_twins(recipe, on=device)
     if build.process()[0] == 0 and not recipe.labels.meeting:
         _note_other_labels(recipe, folder, images, teachers)

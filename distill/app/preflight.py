@@ -66,7 +66,7 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
         findings += _about_images(recipe, images, crops=not only)
     teachers: Any = None
     if recipe.teachers and not any(subject.startswith("teacher ") for subject in missing):
-        teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky))
+        teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device))
         findings += _about_teachers(teachers or [])
     if only:
         findings += _about_benchmarks(recipe, findings) if only == "score" else []

@@ -89,12 +89,13 @@ def float32_twins(recipe: Recipe, *, on: torch.device) -> dict[str, Callable[[],
     }
 
 
-def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> Teachers:
+def load_teachers(recipe: Recipe, *, on: torch.device) -> Teachers:
     """(label, teacher) pairs in the recipe's order, to make labels; "truth" stays a string, or is Corruptions.
 
-    Raises RecipeError for kinds and licences that the recipe does not allow. sky: labels.sky.
+    Raises RecipeError for kinds and licences that the recipe does not allow.
     """
     check_teachers(recipe)
+    sky = recipe.labels.sky
     loaded: Teachers = []
     for spec in recipe.teachers:
         if spec.name == TRUTH:
@@ -110,15 +111,14 @@ def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> 
         if card.kind.value == "affine_depth" and recipe.labels.store == "disparity" and not recipe.labels.align:
             teacher = _bridged(recipe, spec, teacher, primary=loaded[0][0] if loaded else "")
         loaded.append((spec.alias_or_name, teacher))
-    if sky not in POLICIES:
-        return _fitted(recipe, loaded)
-    # A bridge must be fitted to maps to which the policy was applied before.
-    with_policy = under_policy([(name, t.teacher if isinstance(t, Bridged) else t) for name, t in loaded], sky)
-    wrapped = [
-        (name, dataclasses.replace(old, teacher=new) if isinstance(old, Bridged) else new)
-        for (_, old), (name, new) in zip(loaded, with_policy, strict=True)
-    ]
-    return _fitted(recipe, wrapped)
+    if sky in POLICIES:
+        # A bridge must be fitted to maps to which the policy was applied before.
+        with_policy = under_policy([(name, t.teacher if isinstance(t, Bridged) else t) for name, t in loaded], sky)
+        loaded = [
+            (name, dataclasses.replace(old, teacher=new) if isinstance(old, Bridged) else new)
+            for (_, old), (name, new) in zip(loaded, with_policy, strict=True)
+        ]
+    return _fitted(recipe, loaded)
 
 
 def _fitted(recipe: Recipe, teachers: Teachers) -> Teachers:

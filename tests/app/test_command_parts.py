@@ -131,7 +131,7 @@ def test_a_demo_is_the_whole_loop_and_a_score_needs_a_benchmark(monkeypatch):
     ],
 )
 def test_who_labels_and_with_what(tmp_path, monkeypatch, capsys, worker, processes, meeting, steps, by):
-    labels = SimpleNamespace(sky="mask", meeting=meeting)
+    labels = SimpleNamespace(meeting=meeting)
     made = SimpleNamespace(labels=labels, crops=SimpleNamespace(size=28), run=SimpleNamespace(seed=5))
     looked: list = []
     monkeypatch.setattr(commands, "as_table", lambda recipe: {"a": "table"})
@@ -143,10 +143,10 @@ def test_who_labels_and_with_what(tmp_path, monkeypatch, capsys, worker, process
     monkeypatch.setattr(commands.trusted_recipes, "record", lambda table: looked.append(table))
     monkeypatch.setattr(commands.build, "process", lambda: (0, processes))
     monkeypatch.setattr(commands.build, "device", lambda recipe: "cpu")
-    monkeypatch.setattr(commands.teaching, "load_teachers", lambda recipe, *, on, sky: [on, sky])
+    monkeypatch.setattr(commands.teaching, "load_teachers", lambda recipe, *, on: [on])
     monkeypatch.setattr(commands.teaching, "float32_twins", lambda recipe, *, on: {})
     job = commands._prepare(made, tmp_path, worker=worker, steps=steps)
-    assert job.func is by and job.args == ([], ["cpu", "mask"])
+    assert job.func is by and job.args == ([], ["cpu"])
     assert job.keywords["seed"] == 5 and job.keywords["out"] == tmp_path and job.keywords["recipe"] == {"a": "table"}
     assert job.keywords.get("meeting") == (None if by is commands.label else "the meeting")
     assert looked == [{"a": "table"}, *(["moved"] if not meeting else [])]

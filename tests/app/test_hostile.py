@@ -70,7 +70,7 @@ def test_no_key_takes_a_hostile_value_to_a_traceback(part, tmp_path, monkeypatch
                 if part in ("images", "run"):
                     input_shards(recipe)
                 if part == "teachers":
-                    teaching.load_teachers(recipe, on=build.device(recipe), sky="teacher")
+                    teaching.load_teachers(recipe, on=build.device(recipe))
             except (ValueError, LookupError, OSError, ImportError) as error:
                 assert str(error), (key, value)  # what the command line tells in a line
                 refused_by_type(hints[key], place, error)
