@@ -21,7 +21,8 @@ from typing import Any, Literal
 import tomli_w
 
 from distill.app.recipe import USES, Recipe
-from distill.app.strict import RecipeError, plain
+from distill.app.strict import RecipeError, keys_of, plain
+from distill.core.settings import hints_of
 from distill.core.wording import did_you_mean
 
 WIDTH = 118
@@ -75,23 +76,20 @@ def meanings(cls: type) -> dict[str, str]:
 @cache
 def parts() -> tuple[Part, ...]:
     """Every table of a recipe, in a recipe's order."""
-    hints, tables = typing.get_type_hints(Recipe), []
-    for f in dataclasses.fields(Recipe):
-        if not f.metadata.get("key", True):
-            continue
-        several = typing.get_origin(hints[f.name]) is tuple
-        cls = typing.get_args(hints[f.name])[0] if several else hints[f.name]
-        header = f"[[{f.name}]]" if several else f"[{f.name}]"
-        tables.append(Part(f.name, header, " ".join((cls.__doc__ or "").split()), tuple(_keys(cls))))
+    hints, tables = hints_of(Recipe), []
+    for name in keys_of(Recipe):
+        several = typing.get_origin(hints[name]) is tuple
+        cls = typing.get_args(hints[name])[0] if several else hints[name]
+        header = f"[[{name}]]" if several else f"[{name}]"
+        tables.append(Part(name, header, " ".join((cls.__doc__ or "").split()), tuple(_keys(cls))))
     return tuple(tables)
 
 
 def _keys(cls: type) -> Iterator[Key]:
-    hints = typing.get_type_hints(cls)
-    for f in (f for f in dataclasses.fields(cls) if f.metadata.get("key", True)):
+    for name, f in keys_of(cls).items():
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         text = "" if default is dataclasses.MISSING else _toml(default)
-        yield Key(f.name, meanings(cls)[f.name], _type(hints[f.name]), text)
+        yield Key(name, meanings(cls)[name], _type(hints_of(cls)[name]), text)
 
 
 def _toml(value: Any) -> str:

@@ -52,7 +52,7 @@ def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 @functools.cache
-def _fields(cls: type) -> Mapping[str, dataclasses.Field[Any]]:
+def keys_of(cls: type) -> Mapping[str, dataclasses.Field[Any]]:
     """The fields of a settings class that are keys, by name."""
     return {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("key", True)}
 
@@ -108,7 +108,7 @@ class _Reading:
     def table(self, cls: type, table: Mapping[str, Any], path: str) -> Any:
         """`table` converted to a `cls`; None, with its faults recorded, if that fails."""
         hints = hints_of(cls)
-        known = _fields(cls)
+        known = keys_of(cls)
         prefix = f"{path}." if path else ""
         num_faults = len(self.faults)
         values = {}
@@ -253,8 +253,7 @@ def _toml_hint(text: str, error: ValueError) -> str:
 def plain(value: Any) -> Any:
     """Dataclasses and tuples as plain tables and lists: the form that is written and hashed."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        keys = [f.name for f in dataclasses.fields(value) if f.metadata.get("key", True)]
-        return {key: plain(getattr(value, key)) for key in keys}
+        return {key: plain(getattr(value, key)) for key in keys_of(type(value))}
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return dict(value) if isinstance(value, types.MappingProxyType) else value
