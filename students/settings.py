@@ -85,6 +85,11 @@ class StudentSettings:
             )
         raise_faults(below(self, native_size=0, max_depth=0, canonical_focal=0) + above(self, native_size=8192))
 
+    @property
+    def is_one_step(self) -> bool:
+        """Whether the network is a one-step UNet on latents."""
+        return self.network == "one_step_unet"
+
     def _foreign_settings(self) -> list[str]:
         """Faults of settings for parts that the network does not have."""
         if self.network == "encoder_decoder":

@@ -47,6 +47,7 @@ from distill.students import Student, checkpoint
 from distill.students.settings import StudentSettings
 from distill.teachers import resolve
 from distill.teachers._latent_student import LatentStudent
+from distill.teachers._latent_student import save as save_latent_student
 from distill.teachers.checkpoint import Teacher as CheckpointTeacher
 from distill.training.latent import LatentTask
 from distill.training.settings import TrainSettings
@@ -157,6 +158,25 @@ def training_labels(recipe: Recipe) -> LabelDataset | OnlineDataset:
             seed=recipe.run.seed,
         )
     folder = labels_folder(recipe)
+    cache = _fetched(recipe, folder)
+    keys = read_names(recipe.labels.names) if recipe.labels.names else None
+    dataset = LabelDataset(folder, keys=keys, cache=cache)
+    _check_sources(recipe, folder, dataset.manifest)
+    _check_labels(recipe, folder, dataset.manifest.get("recipe") or {})
+    for name, card in dataset.manifest["teachers"].items():
+        if recipe.labels.commercial_only and not card.get("commercial", True):
+            raise RecipeError(
+                f"labels.commercial_only = true refuses the labels in {folder}: {name} made them with "
+                f"{card['weights']}, under {card['licence']}, which does not allow commercial use"
+            )
+    return dataset
+
+
+def _fetched(recipe: Recipe, folder: Path) -> TarCache | None:
+    """Fetches labels.source unless its labels are in `folder`; the cache that fetches tars later, if one is needed.
+
+    Raises FileNotFoundError if there are no finished labels.
+    """
     source, limit = recipe.labels.source, round(recipe.labels.cache_gb * 1e9)
     if source and not ((folder / MANIFEST).is_file() and (limit or not (folder / CACHED).is_dir())):
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,24 +187,18 @@ def training_labels(recipe: Recipe) -> LabelDataset | OnlineDataset:
         way = f"; or use those of another run: --set labels.root={shlex.quote(str(other))}" if other else ""
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first{way}")
     # A folder without CACHED was made here or fetched whole: its tars are never evicted.
-    cache = TarCache(source, folder, limit) if limit and (folder / CACHED).is_dir() else None
-    keys = read_names(recipe.labels.names) if recipe.labels.names else None
-    dataset = LabelDataset(folder, keys=keys, cache=cache)
+    return TarCache(source, folder, limit) if limit and (folder / CACHED).is_dir() else None
+
+
+def _check_sources(recipe: Recipe, folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises RecipeError if sources are to be weighted, but the labels do not say which source each is from."""
     weighted = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
     weighted = weighted or recipe.train.even_batches
-    if weighted and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
+    if weighted and len(recipe.images) > 1 and not any("image_source" in tar for tar in manifest["shards"]):
         raise RecipeError(
             f"{folder} does not say which [[images]] table each label is from, but images.weight and "
             "train.source_temperature need that: run `distill label` again, which adds it without labelling again"
         )
-    _check_labels(recipe, folder, dataset.manifest.get("recipe") or {})
-    for name, card in dataset.manifest["teachers"].items():
-        if recipe.labels.commercial_only and not card.get("commercial", True):
-            raise RecipeError(
-                f"labels.commercial_only = true refuses the labels in {folder}: {name} made them with "
-                f"{card['weights']}, under {card['licence']}, which does not allow commercial use"
-            )
-    return dataset
 
 
 # --- student ----------------------------------------------------------------------------------------------------------
@@ -197,31 +211,40 @@ def weights_file(weights: str) -> str | None:
 
 def make_student(recipe: Recipe) -> Student | LatentStudent:
     """The student to train, with random weights drawn from the training seed or those that it starts from."""
-    return latent.make(recipe, training_seed(recipe)) if latent.is_one_step(recipe) else _encoder_decoder(recipe)
+    if recipe.student.is_one_step:
+        return latent.make(recipe, training_seed(recipe))
+    student = _continued_student(recipe) if recipe.student.init_from else _new_student(recipe)
+    if student.kind != recipe.train.kind:
+        by_depth = "set student.max_depth, in metres"
+        remedy = by_depth if recipe.train.kind == "metric_depth" else "student.max_depth decides that"
+        raise RecipeError(f'train.kind = "{recipe.train.kind}", but the student predicts {student.kind}: {remedy}')
+    return student
 
 
-def _encoder_decoder(recipe: Recipe) -> Student:
+def _continued_student(recipe: Recipe) -> Student:
+    """The student of student.init_from, with what the recipe sets."""
     spec = recipe.student
-    if spec.init_from:
-        start_folder = checkpoint.fetch(spec.init_from)
-        if spec.weights and checkpoint.describe(start_folder)["encoder_weights"] is None:
-            raise RecipeError(
-                f"student.init_from: {spec.init_from} holds its own encoder, and student.weights names another: leave "
-                "one of them out"
-            )
-        student = checkpoint.load(start_folder, encoder_weights=weights_file(spec.weights))
-        _check_start(recipe, student)
-        student.encoder.freeze(recipe.train.freeze_encoder)
-        student.native_size = spec.native_size or student.native_size or _short_side(recipe)
-        student.max_depth = spec.max_depth or student.max_depth
-        if student.canonical_focal and spec.canonical_focal != student.canonical_focal:
-            focal = f"{student.canonical_focal:g}"
-            raise RecipeError(
-                f"student.init_from: {spec.init_from} has student.canonical_focal = {focal}: set the same"
-            )
-        student.canonical_focal = spec.canonical_focal or None
-        return _checked_kind(student, recipe)
-    options = dict(spec.encoder_options)
+    start_folder = checkpoint.fetch(spec.init_from)
+    if spec.weights and checkpoint.describe(start_folder)["encoder_weights"] is None:
+        raise RecipeError(
+            f"student.init_from: {spec.init_from} holds its own encoder, and student.weights names another: leave "
+            "one of them out"
+        )
+    student = checkpoint.load(start_folder, encoder_weights=weights_file(spec.weights))
+    _check_start(recipe, student)
+    student.encoder.freeze(recipe.train.freeze_encoder)
+    student.native_size = spec.native_size or student.native_size or _short_side(recipe)
+    student.max_depth = spec.max_depth or student.max_depth
+    if student.canonical_focal and spec.canonical_focal != student.canonical_focal:
+        focal = f"{student.canonical_focal:g}"
+        raise RecipeError(f"student.init_from: {spec.init_from} has student.canonical_focal = {focal}: set the same")
+    student.canonical_focal = spec.canonical_focal or None
+    return student
+
+
+def _new_student(recipe: Recipe) -> Student:
+    """The student of [student]: random weights drawn from the training seed, except parts that have a start."""
+    spec, options = recipe.student, dict(recipe.student.encoder_options)
     initial = checkpoint.load(checkpoint.fetch(spec.encoder_init_from)).encoder if spec.encoder_init_from else None
     if initial is not None:
         if options or initial.name != spec.encoder:
@@ -251,23 +274,11 @@ def _encoder_decoder(recipe: Recipe) -> Student:
         checkpoint.load_decoder(student, checkpoint.fetch(spec.decoder_init_from))
     if spec.decoder_weights:
         student.decoder.load_released(read_state(resolve(spec.decoder_weights, files=())))
-    return _checked_kind(student, recipe)
+    return student
 
 
 def _short_side(recipe: Recipe) -> int:
     return min(recipe.crops.size, recipe.crops.width or recipe.crops.size)
-
-
-def _checked_kind(student: Student, recipe: Recipe) -> Student:
-    """Returns the student; raises RecipeError if it predicts another kind than train.kind."""
-    if student.kind != recipe.train.kind:
-        remedy = (
-            "set student.max_depth, in metres"
-            if recipe.train.kind == "metric_depth"
-            else "student.max_depth decides that"
-        )
-        raise RecipeError(f'train.kind = "{recipe.train.kind}", but the student predicts {student.kind}: {remedy}')
-    return student
 
 
 def _check_start(recipe: Recipe, student: Student) -> None:
@@ -334,7 +345,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         teacher_shares=train.teacher_shares or (shares if len(names) > 1 else {}),
         source_weights=weights if {*weights} != {1.0} else (),
         batchnorm=norm if norm in ("sync", "frozen") else train.batchnorm,
-        keep_unmet=latent.is_one_step(recipe),
+        keep_unmet=recipe.student.is_one_step,
         canonical_focal=recipe.student.canonical_focal,
     )
 
@@ -350,7 +361,7 @@ def identity(recipe: Recipe) -> str:
     if loss["label_range"] == "as_is":  # so that runs begun before this key existed can resume
         del loss["label_range"]
     parts: list[Any] = [labels_address(recipe), _student_table(recipe), loss]
-    parts += [recipe.latent.content] if latent.is_one_step(recipe) else []
+    parts += [recipe.latent.content] if recipe.student.is_one_step else []
     parts += [hashes for hashes in [file_hashes(parts)] if hashes]
     parts += ["redraw"] if recipe.crops.redraw else []
     parts += [read_names(recipe.labels.names)] if recipe.labels.names else []
@@ -362,7 +373,7 @@ def _student_table(recipe: Recipe) -> dict[str, Any]:
     table = as_table(recipe.student)
     if not table["canonical_focal"]:  # so that runs begun before this key existed can resume
         del table["canonical_focal"]
-    return table if latent.is_one_step(recipe) else {k: v for k, v in table.items() if k not in ("network", "head")}
+    return table if recipe.student.is_one_step else {k: v for k, v in table.items() if k not in ("network", "head")}
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
@@ -395,6 +406,6 @@ def trained_student_teacher(recipe: Recipe, *, on: torch.device) -> Any:
 
 def student_saver(recipe: Recipe) -> Callable[..., object]:
     """The function that saves the recipe's students: `checkpoint.save` leaves the encoder out if the recipe does."""
-    if latent.is_one_step(recipe):
-        return latent.saver()
+    if recipe.student.is_one_step:
+        return save_latent_student
     return functools.partial(checkpoint.save, exclude_frozen_encoder=recipe.student.exclude_frozen_encoder)

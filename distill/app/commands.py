@@ -62,11 +62,14 @@ def commit() -> str:
     return f"{distill.__version__}+{described or 'unknown'}"
 
 
+def labels_place(recipe: Recipe, folder: Path) -> str:
+    """Where a recipe's workers write: its labels folder, or the folder of that name at the URL of labels.root."""
+    return f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else str(folder)
+
+
 def worker_meeting(recipe: Recipe, folder: Path) -> Meeting:
-    """Where a recipe's workers coordinate: its labels folder, or the folder of that name at the URL of labels.root."""
-    if recipe.labels.meeting:
-        return Objects(f"{recipe.labels.meeting.rstrip('/')}/{folder.name}", folder)
-    return Folder(folder)
+    """How a recipe's workers coordinate, at `labels_place`."""
+    return Objects(labels_place(recipe, folder), folder) if recipe.labels.meeting else Folder(folder)
 
 
 def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, worker: bool = False) -> LabelOutcome:
@@ -165,9 +168,8 @@ def _note_other_labels(recipe: Recipe, folder: Path, images: list[InputShard], t
 def print_label_outcome(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bool = True) -> None:
     """Prints the outcome of labelling; send: upload to the mirror too, if the recipe names one."""
     if recipe.labels.meeting or not outcome.last:
-        place = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
         state = "complete" if outcome.complete else "other workers are making the last parts or the manifest"
-        say(f"{place}: {state}; {counted(outcome.parts, 'part')} made here")
+        say(f"{labels_place(recipe, folder)}: {state}; {counted(outcome.parts, 'part')} made here")
     elif outcome.complete:
         manifest = shards.read_manifest(folder)
         num_quarantined = len(manifest["quarantine"])

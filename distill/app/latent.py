@@ -1,9 +1,7 @@
-"""What a recipe with student.network = "one_step_unet" needs: its network, its training task, and how it is saved."""
+"""What a recipe with student.network = "one_step_unet" needs: its network, its training task, its teacher."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from distill.teachers._trained import TRAINED
 from distill.training.latent import LatentTask
 from distill.training.latent_cache import LatentCache
 
-ONE_STEP = "one_step_unet"
 LICENCES = {
     "stabilityai/stable-diffusion-2": "CreativeML Open RAIL++-M",
     "stabilityai/stable-diffusion-2-1": "CreativeML Open RAIL++-M",
@@ -30,11 +27,6 @@ LICENCES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML Open RAIL-M",
 }
 """Licences of base models by hub id; both licences allow commercial use and restrict some uses."""
-
-
-def is_one_step(recipe: Recipe) -> bool:
-    """Whether the recipe's student is a one-step UNet on latents."""
-    return recipe.student.network == ONE_STEP
 
 
 def make(recipe: Recipe, seed: int) -> LatentStudent:
@@ -80,11 +72,6 @@ def training_task(recipe: Recipe, student: LatentStudent, *, seed: int, labels: 
         }
         cache = LatentCache(Path(spec.cache_folder or recipe.run.folder / "latents"), identity)
     return LatentTask(student, spec, seed, cache)
-
-
-def saver() -> Callable[..., object]:
-    """The function that saves such a student."""
-    return functools.partial(_latent_student.save)
 
 
 def is_folder(folder: Path) -> bool:

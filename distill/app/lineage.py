@@ -19,7 +19,8 @@ from distill.students import checkpoint
 from distill.students.encoder import licence_of
 
 _FREE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "dinov3-license")
-_ALLOWS = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
+OPEN = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
+"""Words of licences that allow commercial use and passing on."""
 _FORBIDS = re.compile(r"research|academic|commercial|personal|\bnc\b", re.IGNORECASE)
 
 
@@ -41,7 +42,7 @@ def teachers_of(dataset: Any) -> dict[str, dict[str, Any]]:
 def lineage(recipe: Recipe, teachers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
     """The card's "lineage" and "commercial"."""
     terms = recipe.labels.licence
-    images = {"licence": terms, "commercial": bool(_ALLOWS.search(terms)) and not _FORBIDS.search(terms)}
+    images = {"licence": terms, "commercial": bool(OPEN.search(terms)) and not _FORBIDS.search(terms)}
     keys = ("weights", "licence", "commercial")
     origins: dict[str, Any] = {
         "images": images,
@@ -65,7 +66,7 @@ def _initial_weights(recipe: Recipe) -> dict[str, dict[str, Any]]:
             card = checkpoint.read_card(checkpoint.fetch(start))
             licence = card.get("licence", "unknown")
             origins[part] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
-    if spec.network == "one_step_unet":
+    if spec.is_one_step:
         origins["start"] = latent.base_licence(spec.weights)
     elif spec.weights == "pretrained":
         licence = licence_of(spec.encoder)

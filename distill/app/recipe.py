@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import tomli_w
 from distill.app.renamed import RENAMED, RENAMED_VALUES
 from distill.app.settings import CompareSettings, RunSettings
 from distill.app.shipped import locate
-from distill.app.strict import RecipeError, parse_into, plain, read_toml
+from distill.app.strict import RecipeError, keys_of, parse_into, plain, read_toml
 from distill.core.crop_settings import CropSettings
 from distill.core.plugins import allow, is_path
 from distill.core.wording import did_you_mean
@@ -65,53 +65,83 @@ class Recipe:
 
 def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     """Contradictions between tables, each with the names of those tables."""
-    faults: list[tuple[tuple[str, ...], str]] = []
-    for table_name, tables in (("teachers", recipe.teachers), ("benchmarks", recipe.benchmarks)):
-        names = [table.alias_or_name for table in tables]
-        if duplicates := sorted({name for name in names if names.count(name) > 1}):
-            faults.append(
-                ((table_name,), f"{table_name} named twice: {', '.join(duplicates)}; give each its own alias")
-            )
+    checks: list[tuple[tuple[str, ...], list[str]]] = [
+        (("teachers",), _repeated("teachers", [table.alias_or_name for table in recipe.teachers])),
+        (("benchmarks",), _repeated("benchmarks", [table.alias_or_name for table in recipe.benchmarks])),
+        (("images", "teachers"), _unknown_teachers(recipe)),
+        (("crops", "labels"), _redraw_faults(recipe)),
+        (("images", "labels"), _truth_faults(recipe)),
+        (("labels",), _names_faults(recipe.labels)),
+        (("crops", "train"), _augmentation_faults(recipe.crops, recipe.train)),
+        (("student", "train"), _encoder_faults(recipe.student, recipe.train)),
+        (("student", "train"), _kind_faults(recipe.student, recipe.train)),
+        (("student", "latent", "train"), _latent_faults(recipe)),
+        (("loss", "train"), _metric_faults(recipe.loss, recipe.train)),
+    ]
+    return [(tables, line) for tables, lines in checks for line in lines]
+
+
+def _repeated(table: str, names: Sequence[str]) -> list[str]:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    return [f"{table} named twice: {', '.join(repeated)}; give each its own alias"] if repeated else []
+
+
+def _unknown_teachers(recipe: Recipe) -> list[str]:
     known = [teacher.alias_or_name for teacher in recipe.teachers]
-    for i, images in enumerate(recipe.images):
-        for name in (name for name in images.teachers if name not in known):
-            near = did_you_mean(name, known)
-            listed = f"[[teachers]] has {', '.join(known)}" if known else "the recipe has no [[teachers]]"
-            line = f"images[{i}].teachers: no teacher {name}{near}; {listed}"
-            faults.append((("images", "teachers"), line))
-    if recipe.crops.redraw and not recipe.labels.online:
-        line = "crops.redraw needs labels.online = true: labels on disk have fixed crops"
-        faults.append((("crops", "labels"), line))
-    faults += _label_faults(recipe)
-    student, train = recipe.student, recipe.train
+    listed = f"[[teachers]] has {', '.join(known)}" if known else "the recipe has no [[teachers]]"
+    return [
+        f"images[{i}].teachers: no teacher {name}{did_you_mean(name, known)}; {listed}"
+        for i, images in enumerate(recipe.images)
+        for name in images.teachers
+        if name not in known
+    ]
+
+
+def _redraw_faults(recipe: Recipe) -> list[str]:
+    if not recipe.crops.redraw or recipe.labels.online:
+        return []
+    return ["crops.redraw needs labels.online = true: labels on disk have fixed crops"]
+
+
+def _truth_faults(recipe: Recipe) -> list[str]:
+    without_truth = [i for i, images in enumerate(recipe.images) if not images.may_have_truth]
+    if not recipe.labels.align or not without_truth:
+        return []
+    return [f'images[{without_truth[0]}] has no ground truth, but labels.align = "truth" fits every label to it']
+
+
+def _names_faults(labels: LabelSettings) -> list[str]:
+    if not labels.names or not labels.online:
+        return []
+    return ["labels.names selects labels on disk: with labels.online = true use images.names"]
+
+
+def _encoder_faults(student: StudentSettings, train: TrainSettings) -> list[str]:
+    faults = []
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
-        line = (
+        faults.append(
             "student.exclude_frozen_encoder needs train.freeze_encoder = true and student.weights = a local file, "
             "which everyone who loads the student must have"
         )
-        faults.append((("student", "train"), line))
-    faults += _augmentation_faults(recipe)
-    faults += [(("student", "train"), line) for line in _kind_faults(student, train)]
-    faults += [(("student", "latent", "train"), line) for line in _latent_faults(recipe)]
-    metric = [name for s in (recipe.loss, recipe.loss.against_truth()) for name in s.weights if FACTS[name].is_metric]
-    if metric and train.kind != "metric_depth":
-        line = (
-            f'loss.{metric[0]} compares metres: set train.kind = "metric_depth" and student.max_depth, or leave it out'
-        )
-        faults.append((("loss", "train"), line))
     if student.norm in ("sync", "frozen") and train.batchnorm not in ("batch", student.norm):
-        line = (
+        faults.append(
             f'student.norm = "{student.norm}" and train.batchnorm = "{train.batchnorm}" contradict each other: '
             "leave one of them out"
         )
-        faults.append((("student", "train"), line))
     return faults
+
+
+def _metric_faults(loss: LossSettings, train: TrainSettings) -> list[str]:
+    metric = [name for settings in (loss, loss.against_truth()) for name in settings.weights if FACTS[name].is_metric]
+    if not metric or train.kind == "metric_depth":
+        return []
+    return [f'loss.{metric[0]} compares metres: set train.kind = "metric_depth" and student.max_depth, or leave it out']
 
 
 def _latent_faults(recipe: Recipe) -> list[str]:
     """Contradictions between [latent] and the student's network."""
     student, latent, train, faults = recipe.student, recipe.latent, recipe.train, []
-    if student.network != "one_step_unet":
+    if not student.is_one_step:
         line = '[latent] needs student.network = "one_step_unet": set that, or leave [latent] out'
         return [line] if latent != LatentSettings() else []
     if student.head == "dpt":
@@ -133,34 +163,21 @@ def _latent_faults(recipe: Recipe) -> list[str]:
     return faults
 
 
-def _augmentation_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+def _augmentation_faults(crops: CropSettings, train: TrainSettings) -> list[str]:
     """Contradictions between [crops] and the augmentation of [train]."""
-    crops, train, faults = recipe.crops, recipe.train, []
+    faults = []
     if crops.width and train.random_resized_crop < 1.0:
         faults.append(
             "train.random_resized_crop cuts squares, but crops.width makes regions that are not square: leave one out"
         )
     if train.rotation and crops.patches != "none":
         faults.append('train.rotation turns whole regions: set crops.patches = "none", or leave it out')
-    return [(("crops", "train"), line) for line in faults]
-
-
-def _label_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
-    """Contradictions between [labels] and the images, or within [labels]."""
-    faults: list[tuple[tuple[str, ...], str]] = []
-    without_truth = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
-    if without_truth:
-        line = f'images[{without_truth[0]}] has no ground truth, but labels.align = "truth" fits every label to it'
-        faults.append((("images", "labels"), line))
-    if recipe.labels.names and recipe.labels.online:
-        line = "labels.names selects labels on disk: with labels.online = true use images.names"
-        faults.append((("labels",), line))
     return faults
 
 
 def _kind_faults(student: StudentSettings, train: TrainSettings) -> list[str]:
     """Contradictions between train.kind and the kinds that the student can predict."""
-    if student.network == "one_step_unet":
+    if student.is_one_step:
         fits = train.kind in ("affine_depth", "affine_disparity")
         return (
             [] if fits else [f'train.kind = "{train.kind}": a one-step UNet predicts affine_depth or affine_disparity']
@@ -181,12 +198,12 @@ def parse(table: Mapping[str, Any], *, where: str = "recipe", uses: Collection[s
 
     uses: the tables whose faults count; None: all. An unknown top-level key is always a fault.
     """
-    known = {f.name for f in fields(Recipe) if f.metadata.get("key", True)}
+    known = keys_of(Recipe).keys()
     unused = {key for key in table if uses is not None and key in known and key not in uses}
     ignored = {key: table[key] for key in unused if not _is_sound(key, table[key])}
     sound = {key: value for key, value in table.items() if key not in ignored}
     recipe = parse_into(Recipe, sound, where=where, renamed=RENAMED, renamed_values=RENAMED_VALUES)
-    used = known if uses is None else set(uses)
+    used = set(known if uses is None else uses)
     if faults := [line for tables, line in _contradictions(recipe) if used.issuperset(tables)]:
         raise RecipeError("\n".join(f"{where}: {fault}" for fault in faults))
     return replace(recipe, ignored=ignored) if ignored else recipe

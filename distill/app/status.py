@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill.app import build
-from distill.app.commands import worker_meeting
+from distill.app.commands import labels_place, worker_meeting
 from distill.app.console import note, say, table
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
@@ -30,8 +30,7 @@ def show(recipe: Recipe) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     meeting = worker_meeting(recipe, folder)
     status = run_status(meeting, folder, [shard.stem for shard in images])
-    address = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else str(folder)
-    say(f"{address}: {sentence(status)}")
+    say(f"{labels_place(recipe, folder)}: {sentence(status)}")
     order = ("running", "waiting", "lost", "gone", "ended")
     workers = sorted(status.workers, key=lambda worker: order.index(worker.state))
     shown = [worker for worker in workers if worker.state in order[:3]]

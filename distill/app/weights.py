@@ -30,10 +30,9 @@ def needed_weights(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
         elif hasattr(plugin, "FILES"):
             yield purpose, weights, plugin.FILES
     student, reference = recipe.student, recipe.loss.feature_reference
-    one_step = student.network == "one_step_unet"
-    if one_step:
+    if student.is_one_step:
         yield "student.weights", student.weights, _latent_student.FILES
-    for key in () if one_step else ("weights", "decoder_weights"):
+    for key in () if student.is_one_step else ("weights", "decoder_weights"):
         if (text := getattr(student, key)) not in ("", "pretrained"):
             yield f"student.{key}", text, ()
     for key in ("init_from", "encoder_init_from", "decoder_init_from"):
