@@ -29,7 +29,7 @@ from distill.app import build, commands
 from distill.app.console import note, progress, say, table
 from distill.app.recipe import Recipe
 from distill.app.shipped import locate
-from distill.app.study import Column, Study, StudyCell, Version, cells, read_study
+from distill.app.study import Column, Study, StudyCell, cells, read_study
 from distill.core import files
 from distill.data import scenes
 from distill.eval.labels import LabelQuality, label_quality
@@ -250,35 +250,31 @@ def _shown(cell: StudyCell, column: Column) -> Shown:
 
 def collect(study: Study, version: Literal["full", "bench"], every: Sequence[StudyCell]) -> Table:
     """The study's table from the finished cells; where a cell has no value, the entry is empty."""
-    selected: Version = study.full if version == "full" else study.bench
-    columns = selected.columns
+    columns = study.version(version).columns
+    measures = [column.measure for column in columns]
     published = {p.row: p.values for p in study.paper}
-    rows, images = [], {measure: dict[str, dict[int, Any]]() for measure in dict.fromkeys(c.measure for c in columns)}
+    rows, images = [], {measure: dict[str, dict[int, Any]]() for measure in measures}
     for row in study.all_rows():
         done_cells = [cell for cell in every if cell.row == row.name and is_done(cell)]
-        values: dict[int, list[float | None]] = {}
-        for cell in done_cells:
-            cell_values = [_shown(cell, column) for column in columns]
-            values[cell.seed] = [value for value, _ in cell_values]
+        shown = {cell.seed: [_shown(cell, column) for column in columns] for cell in done_cells}
+        for seed, entries in shown.items():
             for measure, by_row in images.items():
-                measured = [
-                    shown for shown, column in zip(cell_values, columns, strict=True) if column.measure == measure
-                ]
+                measured = [entry for entry, its in zip(entries, measures, strict=True) if its == measure]
                 if all(value is not None for value, _ in measured):
-                    by_row.setdefault(row.name, {})[cell.seed] = [image_values for _, image_values in measured]
+                    by_row.setdefault(row.name, {})[seed] = [image_values for _, image_values in measured]
         failures = [json.loads((cell.folder / "cell.json").read_text())["failed"] for cell in done_cells]
         curves = {cell.seed: _curves(cell) for cell in done_cells}
         rows.append(
             AblationRow(
                 row.name,
-                values,
+                {seed: [value for value, _ in entries] for seed, entries in shown.items()},
                 published.get(row.name, ()),
                 [f for f in failures if f],
                 curves,
                 [c.folder for c in done_cells],
             )
         )
-    recipes = [cell.recipe for cell in every[:1]]
+    benchmarks = every[0].recipe.benchmarks if every else ()
     return Table(
         name=f"{study.name}-{version}",
         title=study.title,
@@ -290,7 +286,7 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
         claims=_claims(study, images, columns),
         labels=_label_quality(every),
         equivalence=study.equivalence,
-        benchmarks=[(b.alias_or_name, b.name, b.root, b.list) for recipe in recipes for b in recipe.benchmarks],
+        benchmarks=[(b.alias_or_name, b.name, b.root, b.list) for b in benchmarks],
         made_by=commands.commit(),
     )
 

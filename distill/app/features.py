@@ -16,7 +16,7 @@ from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.labelling.lock import mutex
 from distill.shards.features import DONE, FeatureStore, write_features
-from distill.shards.shards import MANIFEST, LabelDataset, hash_keys
+from distill.shards.shards import LabelDataset, hash_keys
 from distill.students import Student
 
 Feature = tuple[Tensor, Tensor]
@@ -27,20 +27,17 @@ def features_folder(recipe: Recipe, dataset: LabelDataset, student: Student) -> 
 
     If labels.root is itself the labels folder, it is inside that.
     """
-    labels = build.labels_folder(recipe)
-    root_is_labels = Path(recipe.labels.root or ".") == labels
-    crops = {
-        k: v for k, v in recipe.crops.content.items() if k not in ("patches", "num_patches", "patch_size", "overlap")
-    }
-    inputs: list[Any] = [[images.content for images in recipe.images], crops, recipe.run.seed, hash_keys(dataset.keys)]
-    inputs = [
-        labels.name if root_is_labels else inputs,
-        student.encoder.digest(),
-        student.encoder.options,
-        recipe.train.precision,
-    ]
-    address = hashlib.sha256(json.dumps([*inputs, recipe.train.hflip], sort_keys=True).encode()).hexdigest()[:16]
-    return (labels if (labels / MANIFEST).is_file() and root_is_labels else labels.parent) / "features" / address
+    labels, encoder, train = build.labels_folder(recipe), student.encoder, recipe.train
+    regions: Any
+    if labels == Path(recipe.labels.root or "."):
+        regions, parent = labels.name, labels
+    else:
+        patches = ("patches", "num_patches", "patch_size", "overlap")
+        crops = {key: value for key, value in recipe.crops.content.items() if key not in patches}
+        images = [images.content for images in recipe.images]
+        regions, parent = [images, crops, recipe.run.seed, hash_keys(dataset.keys)], labels.parent
+    inputs = [regions, encoder.digest(), encoder.options, train.precision, train.hflip]
+    return parent / "features" / hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def stored_features(recipe: Recipe, dataset: Any, student: Any) -> FeatureStore | None:

@@ -64,10 +64,10 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
     images = _try(findings, "images", lambda: survey(recipe, crops=not only)) if only != "score" else None
     if images is not None:
         findings += _about_images(recipe, images, crops=not only)
-    teachers: Any = None
+    teachers: Any = []
     if recipe.teachers and not any(subject.startswith("teacher ") for subject in missing):
-        teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device))
-        findings += _about_teachers(teachers or [])
+        teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device)) or []
+        findings += _about_teachers(teachers)
     if only:
         findings += _about_benchmarks(recipe, findings) if only == "score" else []
         return _worst_last(findings)
@@ -75,23 +75,38 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
     student = None
     if not any(subject.startswith("student.") for subject in missing):
         student = _try(findings, "student", lambda: build.make_student(recipe))
-    findings += _about_sizes(recipe, teachers or [], student)
+    findings += _about_sizes(recipe, teachers, student)
     findings += [*_about_batches(recipe), *_about_machine(recipe)]
-    sample = None
     if images and images.photos and teachers:
-        probe = _try(findings, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
-        if probe is not None:
-            sample, seconds = probe
-            findings += _about_labelling(recipe, images, sample, seconds, device)
-    if student is not None and sample is not None and images is not None:
-        step = _try(findings, "probe of a training step", lambda: _step(recipe, student, sample, device))
-        if step is not None:
-            findings += _about_training(recipe, student, step, device, images)
-            if device.type != "cpu":
-                cpu_seconds = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
-                gpu_seconds, codec = step / recipe.train.batch_size, recipe.labels.codec
-                findings.append(scaling.finding("training", gpu_seconds, cpu_seconds, scaling.cores(), codec))
+        _probe(findings, recipe, images, teachers, student, device)
     return _worst_last(findings)
+
+
+def _probe(
+    findings: list[Finding],
+    recipe: Recipe,
+    images: Images,
+    teachers: Any,
+    student: Student | LatentStudent | None,
+    device: torch.device,
+) -> None:
+    """Adds the findings of a labelled photo and, if there is a student, of a training step on it."""
+    probe = _try(findings, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
+    if probe is None:
+        return
+    sample, seconds = probe
+    findings += _about_labelling(recipe, images, sample, seconds, device)
+    if student is None:
+        return
+    step = _try(findings, "probe of a training step", lambda: _step(recipe, student, sample, device))
+    if step is None:
+        return
+    findings += _about_training(recipe, student, step, device, images)
+    if device.type != "cpu":
+        codec = recipe.labels.codec
+        cpu_seconds = scaling.reading_seconds(sample, codec, list(sample.labels))
+        gpu_seconds = step / recipe.train.batch_size
+        findings.append(scaling.finding("training", gpu_seconds, cpu_seconds, scaling.cores(), codec))
 
 
 def _about_benchmarks(recipe: Recipe, findings: list[Finding]) -> list[Finding]:
@@ -217,7 +232,7 @@ def _about_machine(recipe: Recipe) -> Iterator[Finding]:
         line = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED_MEMORY_DIR}"
         remedy = "fewer processes will read, and less ahead; give the container more: docker run --shm-size=8g"
         yield Finding("warn", line, remedy) if free < machine.LOW_MEMORY else Finding("ok", line)
-    if limit is not None and 0 <= limit < 1024:
+    if limit is not None and limit < 1024:
         yield Finding("warn", f"a process may open only {limit} files", "raise it: ulimit -n 4096")
 
 
@@ -284,9 +299,8 @@ def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, devi
     """Seconds of one optimizer step without data loading: forward, loss, backward; a first one warms up."""
     if isinstance(student, LatentStudent):
         return _latent_step(recipe, student, sample, device)
-    probe_recipe = replace(
-        recipe, loss=recipe.loss.without("feature")
-    )  # that term takes little time, and a second encoder
+    # The feature term takes little time, and a second encoder.
+    probe_recipe = replace(recipe, loss=recipe.loss.without("feature"))
     settings, objective = build.train_settings(recipe), build.make_objective(probe_recipe, student)
     assert not isinstance(objective, LatentTask)
     micro = max(1, settings.batch_size // settings.accumulate)

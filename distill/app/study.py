@@ -62,8 +62,6 @@ class Column:
             raise ValueError("a column shows a benchmark or a number of the log: give benchmark or log")
         if self.benchmark and self.relative_to:
             raise ValueError("relative_to needs log")
-        if self.relative_to not in ("", "start"):
-            raise ValueError(f'relative_to must be "start" or left out, not {self.relative_to!r}')
         if self.metric not in KNOWN:
             raise ValueError(f"no metric {self.metric!r}; there are {', '.join(KNOWN)}")
 
@@ -198,6 +196,10 @@ class Study:
         if missing := [metric for o in self.orderings for metric in o.metrics if metric not in shown]:
             raise ValueError(f"no column shows {', '.join(missing)}; columns show {', '.join(shown)}")
 
+    def version(self, name: Literal["full", "bench"]) -> Version:
+        """The study at one of its scales."""
+        return self.full if name == "full" else self.bench
+
     def all_rows(self) -> tuple[Choice, ...]:
         """The rows in order."""
         if self.rows:
@@ -245,7 +247,7 @@ def cells(
     study: Study, path: Path, version: Literal["full", "bench"], out: Path, overrides: Sequence[str]
 ) -> list[StudyCell]:
     """Every cell, seeds innermost; `overrides` ("train.steps=10") are applied last. Raises RecipeError."""
-    chosen = study.full if version == "full" else study.bench
+    chosen = study.version(version)
     base = read_toml(path.parent / chosen.base)
     study_cells = []
     for row in study.all_rows():
