@@ -36,6 +36,11 @@ def name_is_a_word(subject: Subject) -> None:
     require(re.fullmatch("[a-z][a-z0-9_]*", subject.name), f"{subject.name!r} is not")
 
 
+def _too_free(stated: Card | Facts) -> bool:
+    """Whether commercial use is stated under an NC licence."""
+    return stated.commercial and "NC" in stated.licence.upper().replace("-", " ").split()
+
+
 # --- teachers ---------------------------------------------------------------------------------------------------------
 
 
@@ -56,8 +61,7 @@ def cards_say_what_is_owed(subject: Subject) -> None:
     for card in subject.module.CARDS:
         complete = card.weights and card.licence and card.code_licence and isinstance(card.kind, Kind)
         require(complete, f"the card of {card.weights or '?'} lacks one of them")
-        closed = "NC" in card.licence.upper().replace("-", " ").split()
-        require(not (card.commercial and closed), f"{card.weights}: commercial = True under {card.licence}")
+        require(not _too_free(card), f"{card.weights}: commercial = True under {card.licence}")
 
 
 def load_signature(subject: Subject) -> None:
@@ -194,8 +198,7 @@ def facts(subject: Subject) -> None:
     found = subject.module.FACTS
     require(isinstance(found, Facts), f"it is {type(found).__name__}")
     require(found.title and found.url and found.licence and isinstance(found.kind, Kind), "one of them is missing")
-    closed = "NC" in found.licence.upper().replace("-", " ").split()
-    require(not (found.commercial and closed), f"commercial = True under {found.licence}")
+    require(not _too_free(found), f"commercial = True under {found.licence}")
 
 
 def finds_nothing_elsewhere(subject: Subject) -> None:

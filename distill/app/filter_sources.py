@@ -68,6 +68,11 @@ def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
         raise FileNotFoundError(
             f"{word}: neither a labels folder ({MANIFEST}) nor pairs (INDEX.tsv); for a data set write NAME={word}"
         )
+    return _of_recipe(word, far, limit)
+
+
+def _of_recipe(word: str, far: float, limit: int) -> list[Source]:
+    """A recipe's [[images]] that may have ground truth."""
     recipe = load_recipe(word, command="label")
     shards = input_shards(recipe)
     opened = []

@@ -104,13 +104,10 @@ class Verdict:
 
 def cut(text: str) -> tuple[str, str, float]:
     """`disagreement>0.3` as (score, sign, bound); ValueError for any other text."""
-    match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([-+.\deE]+)\s*", text)
-    try:
-        if match:
-            return match[1], match[2], float(match[3])
-    except ValueError:
-        pass
-    raise ValueError(f"{text!r} is not a cut; write a score, < or >, and a number, as in 'disagreement>0.3'")
+    match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a cut; write a score, < or >, and a number, as in 'disagreement>0.3'")
+    return match[1], match[2], float(match[3])
 
 
 def worst(text: str) -> tuple[str, float]:
@@ -230,8 +227,7 @@ def _json_object(line: bytes) -> dict[str, Any] | None:
 def judge(source: Source, out: Path, rules: Rules) -> Verdict:
     """Applies the rules to a scored source. Raises ValueError if not every sample is scored."""
     path = scores_path(out, source)
-    names = [*SCORES]
-    scores = {name: np.full(len(source.names), np.nan) for name in names}
+    scores = {name: np.full(len(source.names), np.nan) for name in SCORES}
     errors: dict[int, str] = {}
     num_scored = 0
     for number, record in enumerate(_lines(path)):
@@ -240,7 +236,7 @@ def judge(source: Source, out: Path, rules: Rules) -> Verdict:
         num_scored += 1
         if "error" in record:
             errors[number] = str(record["error"])
-        for name in names:
+        for name in SCORES:
             scores[name][number] = record.get(name, math.nan)
     if num_scored != len(source.names):
         raise ValueError(f"{path}: {num_scored} of {len(source.names)} samples are scored; run the same command again")

@@ -19,10 +19,10 @@ def _source(images: ImageSettings, first_scene: int) -> list[InputShard]:
         return sources.tars(images.tars)
     if images.photos:
         return sources.folders(images.photos)
+    names = read_names(images.names) if images.names else None
     if images.pairs:
-        return sources.pairs(images.pairs, names=read_names(images.names) if images.names else None)
+        return sources.pairs(images.pairs, names=names)
     if images.dataset:
-        names = read_names(images.names) if images.names else None
         return published.dataset(images.dataset, images.root, index=images.index or None, names=names)
     if images.scenes:
         return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene, variety=images.variety)

@@ -33,6 +33,7 @@ from distill.eval.reports.page import details, missing, page, pairs, table
 from distill.shards.codec import Sample
 from distill.shards.shards import MANIFEST, LabelDataset, read_manifest
 
+MEASURED = 200  # samples in the histograms, at most
 WORST = 6  # samples shown with the largest disagreement between teachers
 PIXELS = 40  # pixels per sample in the chart of two teachers' agreement
 POINTS = 4000  # the most points that such a chart draws
@@ -56,16 +57,15 @@ def write_contact(
     out: Path | None = None,
     *,
     shown: int = 12,
-    measured: int = 200,
     report: Report | None = None,
 ) -> Path:
-    """Writes FOLDER/contact.html, or `out`: `shown` samples as pictures, at most `measured` in the histograms.
+    """Writes FOLDER/contact.html, or `out`: `shown` samples as pictures, at most MEASURED in the histograms.
 
     Raises what `LabelDataset` raises for an unfinished or damaged folder.
     """
     folder = Path(folder)
     dataset, manifest = LabelDataset(folder), read_manifest(folder)
-    chosen = _evenly(len(dataset), measured)
+    chosen = _evenly(len(dataset), MEASURED)
     stats: list[_Seen] = []
     for done, index in enumerate(chosen):
         stats.append(_statistics(dataset[index]))

@@ -42,10 +42,10 @@ def reading_seconds(sample: Sample, codec: str, teachers: Sequence[str]) -> floa
     return _processor_seconds(lambda: decode_sample(members, where="probe", teachers=teachers[:1], coded=True))
 
 
-def rates(card: float, processor: float, cores: int, gpus: Sequence[int] = GPUS) -> list[tuple[int, float, bool]]:
-    """(GPUs, samples/s, whether the cores are the bottleneck) from the GPU and CPU seconds per sample."""
+def rates(card: float, processor: float, cores: int) -> list[tuple[int, float, bool]]:
+    """(GPUs, samples/s, whether the cores are the bottleneck) of GPUS, from the GPU and CPU seconds per sample."""
     by_cores = cores / processor if processor > 0 else math.inf
-    return [(n, min(n / card, by_cores), by_cores < n / card) for n in gpus]
+    return [(n, min(n / card, by_cores), by_cores < n / card) for n in GPUS]
 
 
 def finding(what: str, card: float, processor: float, cores: int, codec: str) -> Finding:
