@@ -143,7 +143,7 @@ def explain_key(key: str, recipe: Recipe | None = None) -> str:
     if name not in known:
         raise RecipeError(f"no table {name!r} in a recipe{did_you_mean(name, known)}; there are {', '.join(known)}")
     part = known[name]
-    key_path = re.sub(r"^\d+\.", "", key_path)
+    key_path = re.sub(r"^\d+(\.|$)", "", key_path)
     keys = [k for k in part.keys if not key_path or k.name == key_path.partition(".")[0]]
     if not keys:
         near = did_you_mean(key_path, (k.name for k in part.keys), prefix=f"{name}.")

@@ -64,6 +64,7 @@ def test_one_key_one_table_and_a_slip(capsys):
     assert "loss.gradient: number, default 2.0" in capsys.readouterr().out
     assert "images.1.scenes = 72" in explain.explain_key("images.scenes", recipe.load(ROOT / "recipes" / "demo.toml"))
     assert "teachers.options: table" in explain.explain_key("teachers.0.options.resize")
+    assert explain.explain_key("images.0") == explain.explain_key("images"), "a table by its number"
     with pytest.raises(RecipeError, match=r"no key train.stps; did you mean train.steps\?"):
         explain.explain_key("train.stps")
     with pytest.raises(RecipeError, match=r"no table 'crop' in a recipe; did you mean crops\?"):
