@@ -27,7 +27,7 @@ from distill.core.depth import Kind
 from distill.core.home import home_expanded
 from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import outputs, predict, solid
-from distill.inference.pictures import checked, is_batch, is_file, picture
+from distill.inference.pictures import checked, is_batch, is_file, picture, within_jpeg
 
 COLOUR_MAPS = ("distill", "turbo", "inferno", "magma", "viridis", "plasma", "jet", "gray")
 
@@ -82,7 +82,8 @@ class Depth:
             solid_inputs = (self.values, self.valid, self.kind, self._rgb(), lens)
             files.write_bytes(path, solid.encode(name, *solid_inputs, far=far, title=path.stem))
         elif name == "jpg":
-            _, data = cv2.imencode(".jpg", self.colorize()[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+            colours = within_jpeg(self.colorize())
+            _, data = cv2.imencode(".jpg", colours[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
             files.write_bytes(path, data.tobytes())
         else:
             values, valid = self.numpy(), self.valid.cpu().numpy()

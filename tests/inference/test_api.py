@@ -313,6 +313,13 @@ def test_a_panorama_is_thinned_alike_on_both_sides_where_a_jpeg_could_not_hold_i
     assert within_jpeg(wide[:, :65_500]).shape == (8, 65_500, 3)
 
 
+def test_the_colours_of_a_panorama_that_no_jpeg_holds_are_saved_smaller(tmp_path):
+    values = torch.rand(4, 66_000)
+    depth = Depth(values, values >= 0, Kind.AFFINE_DISPARITY, torch.zeros(3, 4, 66_000, dtype=torch.uint8))
+    with Image.open(depth.save(tmp_path / "wide.jpg")) as saved:
+        assert saved.size == (33_000, 2)
+
+
 def test_a_picture_that_the_caller_overwrites_stays_in_its_map():
     frame = RGB.copy()
     for shown in (frame, torch.from_numpy(frame).permute(2, 0, 1)):
