@@ -33,11 +33,6 @@ class Survey:
     notes: tuple[str, ...] = ()
 
 
-def find(inputs: Sequence[str], *, out: Path) -> list[PredictionJob]:
-    """Return the photos and videos of `survey`."""
-    return survey(inputs, out=out).jobs
-
-
 def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     """Find the files in files, folders (searched recursively), globs and FFmpeg's numbered patterns (frames/%04d.png:
     each picture is a photo), except those that this command made in `out`.

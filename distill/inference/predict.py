@@ -34,7 +34,7 @@ from distill.core.progress import Report
 from distill.data.photos import BadImageError, decode
 from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import solid, video
-from distill.inference.inputs import Survey, find, survey
+from distill.inference.inputs import Survey, survey
 from distill.inference.outputs import FILMS, SETTINGS, SOLID, Outputs, PredictionJob
 from distill.inference.pictures import checked, within_jpeg
 from distill.inference.solid import Lens
@@ -48,7 +48,6 @@ __all__ = [
     "PredictionJob",
     "Survey",
     "coloured",
-    "find",
     "load",
     "load_teacher",
     "nearness",

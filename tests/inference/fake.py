@@ -38,7 +38,7 @@ def silent(done, total, **numbers):
 
 def call(estimator, *inputs, out, formats=("npy",), report=silent):
     """Predicts as the `predict` command does, with the test's estimator."""
-    jobs = predict.find([str(path) for path in inputs], out=out)
+    jobs = predict.survey([str(path) for path in inputs], out=out).jobs
     done = predict.run(estimator, jobs, out=out, formats=list(formats), report=report)
     return done.written, done.present, done.problems
 

@@ -22,23 +22,23 @@ from tests.inference.fake import Fake, call, grey, names, shoot, silent, value
 
 def test_inputs_are_folders_globs_and_files_once_each(photos, tmp_path):
     out = photos / "out"
-    jobs = predict.find([str(photos), str(photos / "*.png"), str(photos / "a.jpg")], out=out)
+    jobs = predict.survey([str(photos), str(photos / "*.png"), str(photos / "a.jpg")], out=out).jobs
     assert [(j.path.name, j.stem) for j in jobs] == [("a.jpg", "a"), ("a.png", "a_png"), ("b.png", "sub/b")]
-    assert [j.stem for j in predict.find([str(photos / "**" / "b.*")], out=out)] == ["b"]
+    assert [j.stem for j in predict.survey([str(photos / "**" / "b.*")], out=out).jobs] == ["b"]
     grey(photos / "sub" / "A.png", 3)  # a file system that takes A for a must not lose one of them
-    assert [j.stem for j in predict.find([str(photos / "a.jpg"), str(photos / "sub" / "A.png")], out=out)] == [
+    assert [j.stem for j in predict.survey([str(photos / "a.jpg"), str(photos / "sub" / "A.png")], out=out).jobs] == [
         "a",
         "A_png",
     ]
     with pytest.raises(FileNotFoundError, match=r"nope\*: matches no file"):
-        predict.find([str(photos / "nope*")], out=out)
+        predict.survey([str(photos / "nope*")], out=out)
     with pytest.raises(FileNotFoundError, match=r"nope.jpg: no such file or folder"):
-        predict.find([str(photos / "nope.jpg")], out=out)
+        predict.survey([str(photos / "nope.jpg")], out=out)
 
 
 def test_all_formats_hold_the_prediction(photos, tmp_path):
     out, estimator = tmp_path / "out", Fake()
-    jobs = predict.find([str(photos / "a.png")], out=out)
+    jobs = predict.survey([str(photos / "a.png")], out=out).jobs
     done = predict.run(estimator, jobs, out=out, formats=list(outputs.FORMATS), report=silent)
     assert (done.written, done.present, done.problems) == (1, 0, [])
     assert names(out) == [
@@ -65,7 +65,7 @@ def test_a_bad_photo_is_one_line_and_a_second_call_does_the_rest(photos, tmp_pat
     out, estimator = tmp_path / "out", Fake()
     (photos / "cut.jpg").write_bytes((photos / "a.jpg").read_bytes()[:200])
     (photos / "text.png").write_text("hello")
-    jobs = predict.find([str(photos)], out=out)
+    jobs = predict.survey([str(photos)], out=out).jobs
     done = predict.run(estimator, jobs, out=out, report=silent)
     assert done.written == 3 and len(done.problems) == 2 and estimator.calls == 3
     assert all(str(photos) in line and "\n" not in line for line in done.problems)
@@ -78,7 +78,7 @@ def test_a_bad_photo_is_one_line_and_a_second_call_does_the_rest(photos, tmp_pat
 
 def test_another_student_does_not_mix_into_the_same_folder(photos, tmp_path):
     out, estimator = tmp_path / "out", Fake()
-    jobs = predict.find([str(photos)], out=out)
+    jobs = predict.survey([str(photos)], out=out).jobs
     predict.run(estimator, jobs, out=out, report=silent)
     other = Fake()
     for key, changed in (("revision", {"revision": "r2"}), ("size", {"native_size": 65})):
@@ -96,7 +96,7 @@ def test_a_model_in_metres_is_given_the_camera_and_its_maps_are_of_one(photos, t
             return super().predict(images)
 
     out, model = tmp_path / "out", Metres()
-    jobs = predict.find([str(photos / "a.png")], out=out)
+    jobs = predict.survey([str(photos / "a.png")], out=out).jobs
     predict.run(model, jobs, out=out, formats=["npy"], report=silent, lens=predict.Lens(fov=90))
     assert model.focal == pytest.approx(20), "half of the width of 40"
     with pytest.raises(ValueError, match="predictions with another camera"):

@@ -133,15 +133,18 @@ def test_an_address_is_no_file(tmp_path):
 @pytest.mark.parametrize("given", ["", " "])
 def test_an_empty_name_is_not_the_working_directory(tmp_path, given):
     with pytest.raises(ValueError, match="names no photo; give files, folders or globs"):
-        predict.find([given], out=tmp_path)
+        predict.survey([given], out=tmp_path)
 
 
 def test_a_folder_with_brackets_and_gifs_are_found(tmp_path):
     for name in ("b [1]/x.jpg", "b [1]/y.gif", "b 1/z.jpg"):
         grey(tmp_path / name, 10)
-    found = predict.find([str(tmp_path / "b [1]" / "*.jpg")], out=tmp_path / "o")
+    found = predict.survey([str(tmp_path / "b [1]" / "*.jpg")], out=tmp_path / "o").jobs
     assert [job.path.name for job in found] == ["x.jpg"]
-    assert [job.path.name for job in predict.find([str(tmp_path / "b [1]")], out=tmp_path / "o")] == ["x.jpg", "y.gif"]
+    assert [job.path.name for job in predict.survey([str(tmp_path / "b [1]")], out=tmp_path / "o").jobs] == [
+        "x.jpg",
+        "y.gif",
+    ]
     assert call(Fake(), tmp_path / "b [1]", out=tmp_path / "o") == (2, 0, [])
 
 

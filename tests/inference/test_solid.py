@@ -142,7 +142,7 @@ def test_predict_writes_them_and_a_page_that_asks_for_nothing(tmp_path):
     assert "a &lt;b>" in html and not re.search(r"https?://|src=|import", html)
     facts = json.loads(re.search(r"const data = (.*);", html)[1])
     assert facts["count"] == 600 and facts["half"][0] == pytest.approx(np.tan(np.radians(30)))
-    jobs = predict.find([str(photo)], out=out)
+    jobs = predict.survey([str(photo)], out=out).jobs
     with pytest.raises(ValueError, match="predictions with another camera"):
         predict.run(Fake(), jobs, out=out, formats=["ply"], report=silent, lens=solid.Lens(fov=90))
     assert predict.run(Fake(), jobs, out=out, formats=["npy"], report=silent).written == 1

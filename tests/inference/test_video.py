@@ -22,7 +22,7 @@ def test_a_video_becomes_frames_and_films(tmp_path, monkeypatch):
     out, estimator = tmp_path / "out", Fake()
     shoot(tmp_path / "v.mp4", 3)
     (tmp_path / "bad.mp4").write_bytes(b"not a video")
-    jobs = predict.find([str(tmp_path / "*.mp4")], out=out)
+    jobs = predict.survey([str(tmp_path / "*.mp4")], out=out).jobs
     synced, sync = [], predict.files.sync_tree
     monkeypatch.setattr(
         predict.files, "sync_tree", lambda path: synced.append((path, (out / "v.json").exists())) or sync(path)
