@@ -225,6 +225,10 @@ def test_without_a_bridge_the_refusal_names_it(monkeypatch):
     first = replace(given(bridge="primary"), teachers=given().teachers[::-1])
     with pytest.raises(RecipeError, match="put a disparity teacher before it"):
         teaching.load_teachers(first, on=torch.device("cpu"))
+    skies = []
+    monkeypatch.setattr(teaching, "load_teacher", lambda spec, *, sky, **_: skies.append(sky) or found[spec.name])
+    teaching.load_teachers(given(bridge="primary", sky="keep"), on=torch.device("cpu"))
+    assert skies == ["keep", "keep"]
 
 
 def test_labels_have_another_address_with_a_bridge_and_only_then():
