@@ -19,7 +19,7 @@ from distill.app.filtering import Rules, Source, Verdict
 from distill.core import files
 from distill.core.wording import counted
 from distill.data.quality import SCORES
-from distill.eval.reports.figures import NEARNESS, bars, colourise, histogram, legend, own_range, shrink, tile
+from distill.eval.reports.figures import NEARNESS, bars, histogram, legend, own_colours, shrink, tile
 from distill.eval.reports.page import details, missing, page, pairs, table
 
 SHOWN = 4
@@ -116,8 +116,7 @@ def _strips(source: Source, numbers: np.ndarray, values: np.ndarray, verdict: Ve
         except (OSError, ValueError, LookupError) as error:
             tiles.append(missing(f"{source.names[number]}: {error}"))
             continue
-        nearness = sample.depth if sample.nearer else -sample.depth
-        picture = colourise(own_range(nearness, sample.valid), sample.valid, NEARNESS)
+        picture = own_colours(sample.depth, sample.valid, larger_is_nearer=sample.nearer)
         state = verdict.reasons[number] or "kept"
         tiles.append(
             f"<div>{tile(source.names[number], shrink(sample.image), photo=True)}"

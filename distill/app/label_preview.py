@@ -28,7 +28,7 @@ from distill.core.progress import Report
 from distill.core.wording import counted
 from distill.eval.agreement import alignment_error, to_disparity
 from distill.eval.reports.fidelity import agreement
-from distill.eval.reports.figures import BINS, NEARNESS, bars, colourise, histogram, legend, own_range, shrink, tile
+from distill.eval.reports.figures import BINS, NEARNESS, bars, histogram, legend, own_colours, own_range, shrink, tile
 from distill.eval.reports.page import details, missing, page, pairs, table
 from distill.shards.codec import Sample
 from distill.shards.shards import MANIFEST, LabelDataset, read_manifest
@@ -141,8 +141,7 @@ def _picture_row(sample: Sample, note: str = "") -> str:
     tiles = [tile(sample.key, shrink(region), note=f"{side} px", photo=True)]
     for name, labels in sample.labels.items():
         values, valid = labels.shared.values[0].numpy(), labels.shared.valid[0].numpy()
-        nearness = values if labels.shared.kind.quantity == "disparity" else -values
-        picture = colourise(own_range(nearness, valid), valid, NEARNESS)
+        picture = own_colours(values, valid, larger_is_nearer=labels.shared.kind.quantity == "disparity")
         tiles.append(tile(name, shrink(picture), note=f"{100 * valid.mean():.0f} % valid"))
         tiles += _patch_tiles(name, labels)
     head = f"{escape(sample.record['image']['origin'])} <small>{escape(note)}</small>"
@@ -160,8 +159,7 @@ def _patch_tiles(name: str, labels: Labels) -> list[str]:
     alone = labels.local.values[0].numpy(), labels.local.valid[0].numpy()
     tiles = []
     for label, (values, valid) in (("in the region", shared), ("alone", alone)):
-        nearness = values if labels.shared.kind.quantity == "disparity" else -values
-        picture = colourise(own_range(nearness, valid), valid, NEARNESS)
+        picture = own_colours(values, valid, larger_is_nearer=labels.shared.kind.quantity == "disparity")
         picture = cv2.resize(picture, alone[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
         tiles.append(tile(f"{name}: patch 1 {label}", shrink(picture), note=f"{values.shape[1]} px"))
     return tiles

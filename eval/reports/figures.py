@@ -74,6 +74,11 @@ def own_range(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return (values - low) / max(high - low, 1e-12)
 
 
+def own_colours(values: np.ndarray, valid: np.ndarray, *, larger_is_nearer: bool) -> np.ndarray:
+    """(H,W,3) uint8 of a map (H,W) in its `own_range`: near is bright, grey where not valid."""
+    return colourise(own_range(values if larger_is_nearer else -values, valid), valid, NEARNESS)
+
+
 def shrink(picture: np.ndarray, side: int = SIDE) -> np.ndarray:
     """Every n-th row and column, so that the longer side is at most about `side`; values are picked, never mixed."""
     step = max(1, -(-max(picture.shape[:2]) // side))
