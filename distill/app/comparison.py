@@ -100,8 +100,13 @@ def _print_agreement(result: ModelComparison, rejected: Sequence[Rejected]) -> N
     table("agreement", ["model", "with", "error", "order", "edges", "sky"], rows)
     for line in sentences(result):
         say(line)
-    for left_out in rejected[:20]:
-        note(f"  left out {left_out.origin}: {left_out.reason}")
+    note_left_out(rejected)
+
+
+def note_left_out(rejected: Sequence[Rejected]) -> None:
+    """Logs the first images that could not be used, with the reasons."""
+    for line in rejected[:20]:
+        note(f"  left out {line.origin}: {line.reason}")
 
 
 def _run_times(recipe: Recipe, entered: Sequence[Entrant]) -> dict[str, RunTime]:

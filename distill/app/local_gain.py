@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill.app.comparison import chosen_samples, entrants
+from distill.app.comparison import chosen_samples, entrants, note_left_out
 from distill.app.console import note, progress, say, table
 from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
@@ -56,8 +56,7 @@ def run_local(recipe: Recipe) -> Path:
         [[name, *(row[key] for key in ("globally", "locally", "gain", "patch", "patch_gain")), row["images"]]
          for name, row in ((n, _shown(r)) for n, r in results.items())],
     )  # fmt: skip
-    for line in rejected[:20]:
-        note(f"  left out {line.origin}: {line.reason}")
+    note_left_out(rejected)
     say(f"local: {path.resolve()}")
     return path
 

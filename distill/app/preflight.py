@@ -23,7 +23,7 @@ from distill.app.image_survey import Images, survey
 from distill.app.recipe import Recipe
 from distill.app.sample_checks import sample_findings
 from distill.core import machine
-from distill.core.findings import Finding
+from distill.core.findings import Finding, Level
 from distill.core.wording import counted
 from distill.eval.completeness import check_benchmark
 from distill.labelling.annotate import label_photo
@@ -39,7 +39,6 @@ from distill.training.latent import LatentTask
 from distill.training.schedule import in_steps
 
 T = TypeVar("T")
-Level = Literal["ok", "warn", "bad"]
 PROCESSES = (1, 2, 4, 8)
 SPARE = 1.15  # safety factor on disk space: other photos may need more than the probe's
 LONG, TOO_LONG = 24.0, 14 * 24.0

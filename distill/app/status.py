@@ -31,6 +31,21 @@ def show(recipe: Recipe) -> int:
     meeting = worker_meeting(recipe, folder)
     status = run_status(meeting, folder, [shard.stem for shard in images])
     say(f"{labels_place(recipe, folder)}: {sentence(status)}")
+    _show_workers(status)
+    for part, count in status.deadly:
+        note(f"  {part}: {count} workers were killed while labelling it, and it is still missing: see their logs")
+    for holder in status.lost:
+        note(f"  lost: {holder.name}, held by process {holder.pid} on {holder.host}, silent for {_time(holder.age)}")
+    # A run without workers leaves no note of its images: nothing is known then.
+    if status.complete and meeting.note(SPENT).get("inputs") and (changed := changed_since(meeting, images)):
+        note(
+            f"  {changed[0].origin}{f' and {len(changed) - 1} more' if changed[1:] else ''}: not as when it was "
+            "labelled (images, size or time); distill label compares it and labels what is new"
+        )
+    return 0 if status.complete else 1
+
+
+def _show_workers(status: RunStatus) -> None:
     order = ("running", "waiting", "lost", "gone", "ended")
     workers = sorted(status.workers, key=lambda worker: order.index(worker.state))
     shown = [worker for worker in workers if worker.state in order[:3]]
@@ -53,17 +68,6 @@ def show(recipe: Recipe) -> int:
     if hidden := workers[len(shown) :]:
         hours = sum(worker.hours for worker in hidden)
         note(f"  and {counted(len(hidden), 'more worker')} that ended or were killed: {hours:.2f} h in total")
-    for part, count in status.deadly:
-        note(f"  {part}: {count} workers were killed while labelling it, and it is still missing: see their logs")
-    for holder in status.lost:
-        note(f"  lost: {holder.name}, held by process {holder.pid} on {holder.host}, silent for {_time(holder.age)}")
-    # A run without workers leaves no note of its images: nothing is known then.
-    if status.complete and meeting.note(SPENT).get("inputs") and (changed := changed_since(meeting, images)):
-        note(
-            f"  {changed[0].origin}{f' and {len(changed) - 1} more' if changed[1:] else ''}: not as when it was "
-            "labelled (images, size or time); distill label compares it and labels what is new"
-        )
-    return 0 if status.complete else 1
 
 
 def sentence(now: RunStatus) -> str:

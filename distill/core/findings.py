@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Level = Literal["ok", "warn", "bad"]
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -13,7 +15,7 @@ class Finding:
     subject: the item, for code: "teacher NAME", or a key of the recipe.
     """
 
-    level: Literal["ok", "warn", "bad"]
+    level: Level
     what: str
     remedy: str = ""
     subject: str = ""
