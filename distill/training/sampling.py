@@ -35,7 +35,7 @@ def hold_out(image_keys: Sequence[str], fraction: float) -> tuple[list[int], lis
     if fraction > 0 and not heldout_keys and len(images) > 1:
         heldout_keys = {images[0]}
     if len(heldout_keys) == len(images):
-        heldout_keys.discard(images[-1])
+        heldout_keys -= {*images[-1:]}
     train = [i for i, key in enumerate(image_keys) if key not in heldout_keys]
     return train, [i for i, key in enumerate(image_keys) if key in heldout_keys]
 

@@ -46,6 +46,7 @@ def test_held_out_images_follow_from_their_keys_alone():
     assert abs(len(hold_out([str(i) for i in range(20_000)], 0.1)[1]) - 2000) < 200
     assert len(hold_out(["a", "b", "c"], 1e-9)[1]) == 1 and hold_out(["a", "b"], 0.0)[1] == []
     assert [len(part) for part in hold_out(["a", "b", "b"], 1.0)] in ([1, 2], [2, 1]), "an image is left to learn from"
+    assert hold_out([], 0.1) == ([], []), "that nothing is left to learn from, the batches say"
 
 
 def test_teachers_are_chosen_by_share_from_seed_and_step():
