@@ -155,9 +155,9 @@ def without_package(network: Mapping[str, Any], *, bits: int | None = None, has_
     """The card's paragraph for people who have only timm and safetensors.
 
     network: a student's `spec`, with the ViT's "timm_name" and "patch_size". bits: 4 where matrices are stored so.
-    Empty for VGGT, which timm does not have.
+    Empty for VGGT, which timm does not have, and for a BEiT, which timm alone runs at one size only.
     """
-    if network["encoder"] == vggt.NAME:
+    if network["encoder"] == vggt.NAME or network["timm_name"].startswith("beit"):
         return []
     options, patch = network["encoder_options"], network["patch_size"]
     vit_options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill import students
-from distill.students import to_transformers
+from distill.students import checkpoint, to_transformers
 from distill.students.beit import _bias_on, relative_index, resized
 from distill.students.encoder import Encoder
 
@@ -124,13 +124,22 @@ def test_a_tracer_keeps_the_sides_free(monkeypatch):
         torch.testing.assert_close(_bias_on(attention, grid=[Side(n) for n in grid]), bias)
 
 
-def test_a_beit_is_refused_where_transformers_would_open_it(tmp_path):
-    pytest.importorskip("transformers")
-    student = students.build(
+def midas_student() -> students.Student:
+    return students.build(
         encoder="beit_large_patch16_512",
         decoder="midas",
         encoder_options=TINY,
         decoder_options={"channels": 8, "post_process_channels": [8, 8, 8, 8]},
     )
+
+
+def test_its_card_does_not_say_that_timm_alone_opens_it(tmp_path):
+    folder = checkpoint.save(midas_student(), tmp_path / "student", card={"name": "a BEiT"})
+    assert "timm.create_model" not in (folder / "README.md").read_text()
+
+
+def test_a_beit_is_refused_where_transformers_would_open_it(tmp_path):
+    pytest.importorskip("transformers")
+    student = midas_student()
     with pytest.raises(ValueError, match="BEiT alone takes images of one size"):
         to_transformers.write(student, tmp_path)
