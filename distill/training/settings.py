@@ -159,18 +159,13 @@ def _faults(s: TrainSettings) -> list[str]:
     """Every fault of the settings at once, one clause each."""
     ratio = 0.0 <= s.primary_ratio <= 1.0
     faults = [] if ratio else [f"primary_ratio must be in [0, 1], not {s.primary_ratio}"]
-    at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
-    at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
-    at_least |= {
-        "schedule_steps": 0,
-        "weight_decay": 0,
-        "clip_norm": 0,
-        "patches_per_step": 0,
-        "color_jitter": 0,
-        "freeze_steps": 0,
-    }
     faults += above(s, workers=256, accumulate=65536, batch_size=65536, eval_batch_size=65536)
-    faults += below(s, **at_least) + unknown_words(s) + _bad_rates(s) + _bad_sources(s) + _bad_lengths(s)
+    faults += below(
+        s, steps=1, batch_size=1, accumulate=1, warmup_steps=0, workers=0, eval_every=0, eval_batch_size=1, patience=0,
+        save_every=0, keep_last=1, log_every=1, schedule_steps=0, weight_decay=0, clip_norm=0, patches_per_step=0,
+        color_jitter=0, freeze_steps=0,
+    )  # fmt: skip
+    faults += unknown_words(s) + _bad_rates(s) + _bad_sources(s) + _bad_lengths(s)
     if s.accumulate > 0 and s.batch_size % s.accumulate:
         faults.append(f"batch_size ({s.batch_size}) must be a multiple of accumulate ({s.accumulate})")
     for name, value in (("val_fraction", s.val_fraction), ("ema", s.ema)):
@@ -206,15 +201,17 @@ def _bad_lengths(s: TrainSettings) -> list[str]:
 
 def _uncacheable(s: TrainSettings) -> list[str]:
     """Settings that conflict with cache_features."""
-    faults = []
-    if s.cache_features and not s.freeze_encoder:
+    faults: list[str] = []
+    if not s.cache_features:
+        return faults
+    if not s.freeze_encoder:
         faults.append("cache_features = true stores the encoder's features once: it needs freeze_encoder = true")
-    if s.cache_features and (s.color_jitter or s.random_resized_crop < 1.0):
+    if s.color_jitter or s.random_resized_crop < 1.0:
         faults.append(
             "cache_features = true stores features of the whole region in its original colours: set "
             "color_jitter = 0.0 and random_resized_crop = 1.0, or cache_features = false"
         )
-    if s.cache_features and s.rotation:
+    if s.rotation:
         faults.append("cache_features = true stores features of the unrotated region: set rotation = 0")
     return faults
 
@@ -231,6 +228,7 @@ def _bad_sources(s: TrainSettings) -> list[str]:
 def _bad_rates(s: TrainSettings) -> list[str]:
     way_out = {"lr": "", "encoder_lr": "; to train the decoder alone set freeze_encoder = true"}
     bad = [name for name in way_out if not 0 < getattr(s, name) < math.inf]
+    faults = [f"{name} must be finite and above 0, not {getattr(s, name)}{way_out[name]}" for name in bad]
     if 0 < s.schedule_steps <= s.warmup_steps:
-        return [f"schedule_steps ({s.schedule_steps}) must be more than warmup_steps ({s.warmup_steps})"]
-    return [f"{name} must be finite and above 0, not {getattr(s, name)}{way_out[name]}" for name in bad]
+        faults.append(f"schedule_steps ({s.schedule_steps}) must be more than warmup_steps ({s.warmup_steps})")
+    return faults

@@ -233,6 +233,10 @@ def test_settings_report_every_fault_at_once():
     assert [
         word in str(caught.value) for word in ("steps", "schedule", "val_fraction", "teacher_shares", "warmup")
     ] == [True] * 5
+    with pytest.raises(
+        ValueError, match=r"^lr must be finite and above 0, not -1\.0; schedule_steps \(3\) must be more"
+    ):
+        settings(steps=9, warmup_steps=4, schedule_steps=3, lr=-1.0)
 
 
 def test_a_sample_that_cannot_be_read_says_so_in_one_line(tmp_path, forked):
