@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from distill.core.codes import CodedLabels, CodedMaps
 from distill.core.depth import DepthMap
 from distill.core.focal import factor
 from distill.core.labels import Labels
 from distill.shards.codec import Sample
+
+_Maps = TypeVar("_Maps", DepthMap, CodedMaps)
+_Labels = TypeVar("_Labels", Labels, CodedLabels)
 
 
 def canonical(sample: Sample, focal: float) -> Sample:
@@ -24,13 +27,24 @@ def canonical(sample: Sample, focal: float) -> Sample:
     Raises ValueError naming the sample where the focal length of its metres is unknown, or where a teacher that assumes
     its own camera labelled patches, which it saw at another scale than the region.
     """
-    labels = {name: _labels(label, name, sample, focal) for name, label in sample.labels.items()}
-    coded = {name: _coded(label, name, sample, focal) for name, label in sample.coded.items()}
+    labels = {name: _converted(label, name, sample, focal) for name, label in sample.labels.items()}
+    coded = {name: _converted(label, name, sample, focal) for name, label in sample.coded.items()}
     return replace(sample, labels=labels, coded=coded)
 
 
-def _times(name: str, sample: Sample, focal: float, disparity: bool, has_patches: bool) -> float:
-    """The factor that a label's values are multiplied by."""
+def _converted(labels: _Labels, name: str, sample: Sample, focal: float) -> _Labels:
+    kind, local = labels.shared.kind, labels.local
+    if kind.unknown != "metric":
+        return labels
+    ratio = factor(_focal_of(name, sample, local is not None), focal)
+    multiplier = ratio if kind.quantity == "disparity" else 1.0 / ratio
+    return replace(
+        labels, shared=_times(labels.shared, multiplier), local=None if local is None else _times(local, multiplier)
+    )
+
+
+def _focal_of(name: str, sample: Sample, has_patches: bool) -> float:
+    """The focal length in pixels for which a teacher's metres hold."""
     label_record: Mapping[str, Any] = sample.record.get("labels", {}).get(name, {})
     assumed_focal = label_record.get("focal")
     if assumed_focal is not None and has_patches:
@@ -45,29 +59,10 @@ def _times(name: str, sample: Sample, focal: float, disparity: bool, has_patches
             "one (the column focal of pairs, a data set's index), label it again if it was labelled before that, or "
             "remove canonical_focal"
         )
-    ratio = factor(float(focal_here), focal)
-    return ratio if disparity else 1.0 / ratio
+    return float(focal_here)
 
 
-def _labels(labels: Labels, name: str, sample: Sample, focal: float) -> Labels:
-    kind = labels.shared.kind
-    if kind.unknown != "metric":
-        return labels
-    multiplier = _times(name, sample, focal, kind.quantity == "disparity", labels.local is not None)
-
-    def scaled(depth: DepthMap) -> DepthMap:
-        return DepthMap(depth.values * multiplier, depth.valid, depth.kind)
-
-    return replace(labels, shared=scaled(labels.shared), local=None if labels.local is None else scaled(labels.local))
-
-
-def _coded(labels: CodedLabels, name: str, sample: Sample, focal: float) -> CodedLabels:
-    kind = labels.shared.kind
-    if kind.unknown != "metric":
-        return labels
-    multiplier = _times(name, sample, focal, kind.quantity == "disparity", labels.local is not None)
-
-    def scaled(maps: CodedMaps) -> CodedMaps:  # codes lie evenly between low and high
+def _times(maps: _Maps, multiplier: float) -> _Maps:
+    if isinstance(maps, CodedMaps):  # codes lie evenly between low and high
         return replace(maps, low=maps.low * multiplier, high=maps.high * multiplier)
-
-    return replace(labels, shared=scaled(labels.shared), local=None if labels.local is None else scaled(labels.local))
+    return DepthMap(maps.values * multiplier, maps.valid, maps.kind)
