@@ -161,17 +161,15 @@ class Item:
     features: Features | None = None
 
 
-def group_rows(items: Sequence[Item]) -> list[list[int]]:
-    """Rows grouped by teachers and, as far as the objective distinguishes them, supervision."""
-    groups: dict[Hashable, list[int]] = {}
-    for row, item in enumerate(items):
-        key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher in AVERAGES else []
-        key.append(item.teacher)
-        if isinstance(item.sample, Sample):
-            for name, labels in item.sample.answers.items():
-                key.append((name, labels.supervision.truth, labels.supervision.dense, labels.shared.kind))
-        groups.setdefault(tuple(key), []).append(row)
-    return list(groups.values())
+def collated(make: Callable[[list[Item]], Any], items: Sequence[Item | Exception]) -> Any:
+    """`make` of items that were all read; else the first error among them, or that of `make`, returned, not raised."""
+    read = [item for item in items if isinstance(item, Item)]
+    if len(read) < len(items):
+        return next(item for item in items if isinstance(item, Exception))
+    try:
+        return make(read)
+    except (ValueError, LookupError, OSError) as error:
+        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +184,18 @@ class Group:
 
 
 def groups_of(items: Sequence[Item]) -> list[Group]:
-    """The items as groups, by `group_rows`."""
+    """The items grouped by teachers and, as far as the objective distinguishes them, supervision."""
+    rows_of: dict[Hashable, list[int]] = {}
+    for row, item in enumerate(items):
+        key: list[Hashable] = [item.teacher]
+        if not item.teacher or item.teacher in AVERAGES:
+            key += item.among
+        if isinstance(item.sample, Sample):
+            for name, labels in item.sample.answers.items():
+                key.append((name, labels.supervision.truth, labels.supervision.dense, labels.shared.kind))
+        rows_of.setdefault(tuple(key), []).append(row)
     groups = []
-    for rows in group_rows(items):
+    for rows in rows_of.values():
         alike = [items[row] for row in rows]
         positions, draws = tuple(item.place.position for item in alike), tuple(item.draw or Draw() for item in alike)
         groups.append(Group(tuple(rows), positions, draws, alike[0].teacher, alike[0].among))

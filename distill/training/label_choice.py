@@ -26,9 +26,7 @@ def choose_teacher(teachers: Mapping[str, float], *, seed: int, step: int) -> st
     return next(name for name, share in reversed(list(teachers.items())) if share > 0)
 
 
-def _average_maps(
-    maps: Sequence[DepthMap], shares: Sequence[float], *, aligned: bool = True
-) -> tuple[DepthMap, Tensor]:
+def _average_maps(maps: Sequence[DepthMap], shares: Sequence[float], *, aligned: bool) -> tuple[DepthMap, Tensor]:
     """The mean map, and each pixel's weight: 1 / (1 + the teachers' distance there, in mean deviations if aligned)."""
     valid = torch.stack([m.valid for m in maps]).all(0)
     normalized = []
@@ -56,11 +54,7 @@ def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float], 
     shares = [share for share in teachers.values() if share > 0]
     local = [part.local for part in parts if part.local is not None]
     shared, weight = _average_maps([part.shared for part in parts], shares, aligned=aligned)
-    supervisions = [part.supervision for part in parts]
-    truth, dense = (
-        all(flags)
-        for flags in zip(*((supervision.truth, supervision.dense) for supervision in supervisions), strict=True)
-    )
+    truth, dense = all(part.supervision.truth for part in parts), all(part.supervision.dense for part in parts)
     supervision = Supervision("average", shared.kind, truth, dense)
     if len(local) != len(parts):
         return Labels(shared, None, parts[0].boxes, weight, supervision=supervision)
@@ -104,6 +98,7 @@ def learnt_labels(
     keep_unconvertible: bool = False,
 ) -> Labels:
     """The labels that one step uses: those of `name`, or the average of all where name is one of AVERAGES."""
-    used = list(teachers) if name in AVERAGES else [name]
-    converted = {n: convert_labels(labels[n], kind, keep_unconvertible) for n in used}
-    return average_labels(converted, teachers, aligned=name == "average") if name in AVERAGES else converted[name]
+    if name not in AVERAGES:
+        return convert_labels(labels[name], kind, keep_unconvertible)
+    converted = {teacher: convert_labels(labels[teacher], kind, keep_unconvertible) for teacher in teachers}
+    return average_labels(converted, teachers, aligned=name == "average")

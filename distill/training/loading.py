@@ -33,8 +33,8 @@ from distill.training.batches import (
     TaughtRows,
     augmented_batch,
     check_teachers,
+    collated,
     draw_of,
-    group_rows,
     groups_of,
     join_groups,
     labels_to_learn,
@@ -52,55 +52,30 @@ PREFETCH = 4  # micro-batches per worker that are ready
 PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
 
 
-@dataclass(frozen=True, slots=True)
-class _Training:
-    """Collate function of training: makes a micro-batch of items."""
-
-    collate: Collate
-    settings: TrainSettings
-
-    def __call__(self, items: list[Item | Exception]) -> MicroBatch | Exception:
-        read = [item for item in items if isinstance(item, Item)]
-        if len(read) < len(items):
-            return next(item for item in items if isinstance(item, Exception))
-        try:
-            groups = groups_of(read)
-            batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
-            with one_thread():  # as in workers: the mean of a map differs in its last bits on more threads
-                augmented = [augmented_batch(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
-            return replace(join_groups(groups, augmented), features=stacked([item.features for item in read]))
-        except (ValueError, LookupError, OSError) as error:
-            return error
+def _training_batch(read: list[Item], *, collate: Collate, settings: TrainSettings) -> MicroBatch:
+    """A micro-batch of training: augmented, with the labels to learn from."""
+    groups = groups_of(read)
+    batches = [collate([read[row].sample for row in group.rows]) for group in groups]
+    with one_thread():  # as in workers: the mean of a map differs in its last bits on more threads
+        augmented = [augmented_batch(g, batch, settings) for g, batch in zip(groups, batches, strict=True)]
+    return replace(join_groups(groups, augmented), features=stacked([item.features for item in read]))
 
 
-@dataclass(frozen=True, slots=True)
-class _HeldOut:
-    """Collate function of evaluation: held-out batches with the labels of every teacher in use, not augmented."""
-
-    collate: Collate
-    settings: TrainSettings
-
-    def __call__(self, items: list[Item | Exception]) -> list[tuple[float, MicroBatch]] | Exception:
-        read = [item for item in items if isinstance(item, Item)]
-        if len(read) < len(items):
-            return next(item for item in items if isinstance(item, Exception))
-        s = self.settings
-        weighted = []
-        try:
-            for rows in group_rows(read):
-                batch, among = self.collate([read[row].sample for row in rows]), read[rows[0]].among
-                features = stacked([read[row].features for row in rows])
-                weights = among if s.strategy == "select" else {s.strategy: 1.0}
-                for name, weight in weights.items():
-                    with one_thread():
-                        labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
-                    places = tuple(-1 - read[row].place.index for row in rows)
-                    taught = (TaughtRows(None, labels, name),)
-                    micro = MicroBatch(batch.keys, batch.images, taught, places, (False,) * len(rows), features)
-                    weighted.append((weight / sum(weights.values()), micro))
-            return weighted
-        except (ValueError, LookupError, OSError) as error:
-            return error
+def _heldout_batch(read: list[Item], *, collate: Collate, settings: TrainSettings) -> list[tuple[float, MicroBatch]]:
+    """A batch of evaluation: the weight and the labels of every teacher in use, not augmented."""
+    s, weighted = settings, []
+    for group in groups_of(read):
+        batch = collate([read[row].sample for row in group.rows])
+        features = stacked([read[row].features for row in group.rows])
+        places = tuple(-1 - read[row].place.index for row in group.rows)
+        weights = group.among if s.strategy == "select" else {s.strategy: 1.0}
+        for name, weight in weights.items():
+            with one_thread():
+                labels = labels_to_learn(batch, s, teacher=name, among=group.among).labels[name]
+            taught = (TaughtRows(None, labels, name),)
+            micro = MicroBatch(batch.keys, batch.images, taught, places, (False,) * len(places), features)
+            weighted.append((weight / sum(weights.values()), micro))
+    return weighted
 
 
 class StreamSamples(Dataset[Any]):
@@ -120,40 +95,36 @@ class StreamSamples(Dataset[Any]):
         features: FeatureStore | None = None,
     ) -> None:
         self.dataset, self.settings, self.training, self.features = dataset, settings, training, features
-        self.more: dict[str, Any] = {"coded": True} if coded else {}
+        self.options: dict[str, Any] = {"coded": True} if coded else {}
 
     def __getitem__(self, place: SamplePosition) -> Item | Exception:
-        s = self.settings
         try:
-            among = shares_among(self.dataset.teachers_of(place.index), s)
-            teacher, to_read = "", list(among)
-            if self.training:
-                teacher = s.strategy
-                if s.strategy == "select":
-                    teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
-                    to_read = [teacher]
-            visit, options = None, dict(self.more)
-            if self.training:
-                visit = place.position
-                if s.patches_per_step and getattr(self.dataset, "stores_codes", False):
-                    options["patches"] = partial(choose_patches, s.patches_per_step, s.seed, place.position)
-            get: Callable[..., Any] = self.dataset.get
-            sample = get(place.index, to_read, visit=visit, **options)
-            if isinstance(sample, Sample) and s.canonical_focal:
-                sample = canonical(sample, s.canonical_focal)
-            # Before collating, so that measured depth and rendered disparity become one kind of truth.
-            if isinstance(sample, Sample):
-                converted = {
-                    name: convert_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()
-                }
-                sample = replace(sample, labels=converted)
-            draw = draw_of(place.position, s) if self.training else None
-            features = None
-            if self.features is not None:
-                features = self.features.get(sample.key, mirrored=draw is not None and draw.mirrored)
-            return Item(place, among, teacher, sample, draw, features)
+            return self._item(place)
         except (ValueError, LookupError, OSError) as error:
             return error
+
+    def _item(self, place: SamplePosition) -> Item:
+        s, position = self.settings, place.position
+        among = shares_among(self.dataset.teachers_of(place.index), s)
+        teacher, to_read, visit, draw, options = "", list(among), None, None, dict(self.options)
+        if self.training:
+            teacher, visit, draw = s.strategy, position, draw_of(position, s)
+            if s.strategy == "select":
+                teacher = choose_teacher(among, seed=s.seed, step=position // s.batch_size)
+                to_read = [teacher]
+            if s.patches_per_step and getattr(self.dataset, "stores_codes", False):
+                options["patches"] = partial(choose_patches, s.patches_per_step, s.seed, position)
+        get: Callable[..., Any] = self.dataset.get
+        sample = get(place.index, to_read, visit=visit, **options)
+        if isinstance(sample, Sample):
+            sample = canonical(sample, s.canonical_focal) if s.canonical_focal else sample
+            # Before collating, so that measured depth and rendered disparity become one kind of truth.
+            labels = {name: convert_labels(part, s.kind, s.keep_unmet) for name, part in sample.labels.items()}
+            sample = replace(sample, labels=labels)
+        features = None
+        if self.features is not None:
+            features = self.features.get(sample.key, mirrored=draw is not None and draw.mirrored)
+        return Item(place, among, teacher, sample, draw, features)
 
 
 def end_with_parent(_worker: int = 0) -> None:
@@ -317,7 +288,8 @@ def training_batches(
     Raises what `check_teachers` raises, before anything is read.
     """
     check_teachers(dataset, micro_batches.order.indices, settings)
-    samples, make = StreamSamples(dataset, settings, training=True, features=features), _Training(collate, settings)
+    samples = StreamSamples(dataset, settings, training=True, features=features)
+    make = partial(collated, partial(_training_batch, collate=collate, settings=settings))
     return loader_of(samples, micro_batches, make, readers_of(samples, micro_batches, make, settings.workers))
 
 
@@ -337,5 +309,6 @@ def heldout_batches(
     own = places[process::processes]
     if not own:
         return iter(())
-    samples, make = StreamSamples(dataset, settings, training=False, features=features), _HeldOut(collate, settings)
+    samples = StreamSamples(dataset, settings, training=False, features=features)
+    make = partial(collated, partial(_heldout_batch, collate=collate, settings=settings))
     return loader_of(samples, own, make, readers_of(samples, own, make, min(settings.workers, len(own))))

@@ -31,6 +31,7 @@ from distill.training.batches import (
     Labelled,
     MicroBatch,
     augmented_batch,
+    collated,
     groups_of,
     join_groups,
 )
@@ -79,16 +80,14 @@ class StoredBatch:
         return replace(micro, features=self.features)
 
 
-def collate_stored(items: Sequence[Item | Exception]) -> StoredBatch | Exception:
-    """Collates items of a dataset that stores codes; returns the first error among them if there is one."""
-    read = [item for item in items if isinstance(item, Item)]
-    if len(read) < len(items):
-        return next(item for item in items if isinstance(item, Exception))
-    try:
-        groups = tuple(_group(group, [read[row].sample for row in group.rows]) for group in groups_of(read))
-        return StoredBatch(groups, stacked([item.features for item in read]))
-    except (ValueError, LookupError, OSError) as error:
-        return error
+def collate_stored(items: Sequence[Item | Exception]) -> Any:
+    """The StoredBatch of items of a dataset that stores codes, or the error that `collated` returns."""
+    return collated(_stored_batch, items)
+
+
+def _stored_batch(read: list[Item]) -> StoredBatch:
+    groups = tuple(_group(group, [read[row].sample for row in group.rows]) for group in groups_of(read))
+    return StoredBatch(groups, stacked([item.features for item in read]))
 
 
 def _group(group: Group, samples: Sequence[Sample]) -> StoredGroup:
