@@ -13,7 +13,7 @@ Shapes: B images of a micro-batch, S x S pixels, h x w latent pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -85,7 +85,6 @@ class LatentTask:
     settings: LatentSettings
     seed: int
     cache: LatentCache | None = None
-    steps: int = field(default=STEPS)
 
     def keep(self) -> None:
         """Writes the computed latents to disk."""
@@ -129,20 +128,18 @@ class LatentTask:
 
     def _map_of(self, one: TaughtRows) -> tuple[Tensor, Tensor]:
         """A supervision's maps and valid pixels, in the VAE's range and the network's quantity; (b,S,S) each."""
-        shared, s = one.labels.shared, self.settings
-        values, valid = shared.values, shared.valid & torch.isfinite(shared.values)
+        s, shared = self.settings, one.labels.shared
         if shared.kind.quantity != self.network.kind.quantity:
-            values, valid = self._other_quantity(shared)
-        return maths.to_unit_range(values, valid, s.quantile)
+            shared = self._other_quantity(shared)
+        return maths.to_unit_range(shared.values, shared.valid, s.quantile)
 
-    def _other_quantity(self, shared: DepthMap) -> tuple[Tensor, Tensor]:
+    def _other_quantity(self, shared: DepthMap) -> DepthMap:
+        s, kind, valid = self.settings, self.network.kind, shared.valid & torch.isfinite(shared.values)
         if shared.kind.unknown != "affine":
-            converted = shared.convert(self.network.kind)
-            return converted.values, converted.valid
-        s, valid = self.settings, shared.valid & torch.isfinite(shared.values)
+            return shared.convert(kind)
         if s.pseudo_shape == "flipped":
-            return -shared.values, valid
-        return maths.inverted(shared.values, valid, quantile=s.quantile, reach=s.reach), valid
+            return DepthMap(-shared.values, valid, kind)
+        return DepthMap(maths.inverted(shared.values, valid, quantile=s.quantile, reach=s.reach), valid, kind)
 
     def _latents(self, micro: MicroBatch, teachers: list[str], compute: Any) -> Tensor:
         """(B,4,h,w) latents, cached or computed; of the images where the teacher is ""."""
@@ -161,13 +158,12 @@ class LatentTask:
         """Noise levels (B,), at least `lowest`, and noise (B,4,h,w); shaped: multi-resolution noise."""
         s, levels, noises = self.settings, [], []
         for position in micro.positions:
-            is_heldout, index = int(position < 0), position if position >= 0 else -1 - position
-            rng = generator("latent", self.seed, is_heldout, index)
-            level = lowest + int(rng.integers(self.steps - lowest))
+            rng = generator("latent", self.seed, *_place(position))
+            level = lowest + int(rng.integers(STEPS - lowest))
             torch_generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             levels.append(level)
             if shaped and s.noise_strength:
-                strength = torch.tensor(s.noise_strength) * (level / self.steps if s.noise_annealed else 1.0)
+                strength = torch.tensor(s.noise_strength) * (level / STEPS if s.noise_annealed else 1.0)
                 noises.append(maths.multi_resolution_noise((1, *shape[1:]), strength, torch_generator))
             else:
                 noises.append(torch.randn((1, *shape[1:]), generator=torch_generator))
@@ -182,38 +178,40 @@ class LatentTask:
         times = torch.full((count,), s.timestep, device=rows.image.device)
         if s.random_timestep:
             times = self._random_times(micro)
-        trajectory_rows = (
-            rows.truth.nonzero()[:, 0] if s.trajectory and self.network.head is None else rows.truth[:0].long()
-        )
-        alphas = self.network.alphas.to(rows.image.device)[levels][trajectory_rows]
-        one_pass = s.blend_depth == "truth" and len(trajectory_rows) > 0
-        clean = s.blend * rows.image[trajectory_rows] + (1.0 - s.blend) * rows.target[trajectory_rows]
-        if one_pass:  # both in one pass: the blended latents do not depend on the map
-            noisy = maths.add_noise(clean, noise[trajectory_rows], alphas)
-            out = module(torch.cat([rows.image, noisy]), torch.cat([times, levels[trajectory_rows]])).float()
+        in_latents = self.network.head is None
+        kept = rows.truth.nonzero()[:, 0] if s.trajectory and in_latents else rows.truth[:0].long()  # their trajectory
+        levels, noise = levels[kept], noise[kept]
+        alphas = self.network.alphas.to(rows.image.device)[levels]
+
+        def blended(depth: Tensor) -> Tensor:
+            return s.blend * rows.image[kept] + (1.0 - s.blend) * depth[kept]
+
+        one_pass = s.blend_depth == "truth" and len(kept) > 0
+        if one_pass:  # the blended latents do not depend on the map
+            clean = blended(rows.target)
+            noisy = maths.add_noise(clean, noise, alphas)
+            out = module(torch.cat([rows.image, noisy]), torch.cat([times, levels])).float()
             raw, velocity = out[:count], out[count:]
         else:
             raw = module(rows.image, times).float()
-        prediction = raw if self.network.head is not None else -raw if s.negated else raw
-        if not one_pass and len(trajectory_rows):
-            clean = s.blend * rows.image[trajectory_rows] + (1.0 - s.blend) * prediction[trajectory_rows].detach()
-            noisy = maths.add_noise(clean, noise[trajectory_rows], alphas)
-            velocity = module(noisy, levels[trajectory_rows]).float()
+        prediction = -raw if s.negated and in_latents else raw
+        if not one_pass and len(kept):
+            clean = blended(prediction.detach())
+            velocity = module(maths.add_noise(clean, noise, alphas), levels).float()
         with torch.autocast(micro.images.device.type, enabled=False):
             losses, parts = self._against_truth(rows, prediction)
-            if len(trajectory_rows):
-                target_velocity = maths.velocity(clean, noise[trajectory_rows], alphas)
-                each = maths.latent_distance(velocity, target_velocity, rows.valid[trajectory_rows], squared=True)
-                losses = losses.index_add(0, trajectory_rows, s.trajectory * each)
+            if len(kept):
+                target_velocity = maths.velocity(clean, noise, alphas)
+                each = maths.latent_distance(velocity, target_velocity, rows.valid[kept], squared=True)
+                losses = losses.index_add(0, kept, s.trajectory * each)
                 parts["trajectory"] = each
-        if bool(rows.pseudo.any()) and self.network.head is None:
+        if bool(rows.pseudo.any()) and in_latents:
             losses = self._filtered(module, rows, prediction, losses, parts)
         return self._measured(rows, prediction, losses, parts)
 
     def _random_times(self, micro: MicroBatch) -> Tensor:
         timesteps = [
-            int(generator("timestep", self.seed, int(p < 0), max(p, -1 - p)).integers(self.steps))
-            for p in micro.positions
+            int(generator("timestep", self.seed, *_place(position)).integers(STEPS)) for position in micro.positions
         ]
         return torch.tensor(timesteps, device=micro.images.device)
 
@@ -224,9 +222,9 @@ class LatentTask:
             noises = [
                 torch.randn(
                     (1, *rows.image.shape[1:]),
-                    generator=torch.Generator().manual_seed(int(generator("prior", level, place).integers(2**62))),
+                    generator=torch.Generator().manual_seed(int(generator("prior", level, index).integers(2**62))),
                 )
-                for place in (max(p, -1 - p) for p in micro.positions)
+                for _, index in map(_place, micro.positions)
             ]
             noise = torch.cat(noises).to(rows.image)
             levels = torch.full((len(noise),), level, device=noise.device)
@@ -297,10 +295,10 @@ class LatentTask:
         alphas = self.network.alphas.to(rows.image.device)[levels]
         noisy = maths.add_noise(rows.target, noise, alphas)
         out = module(torch.cat([rows.image, noisy], dim=1), levels).float()
-        taught = rows.truth | (rows.pseudo if self.settings.pseudo == "filter" else rows.truth)
         with torch.autocast(micro.images.device.type, enabled=False):
             target_velocity = maths.velocity(rows.target, noise, alphas)
-            each = maths.latent_distance(out, target_velocity, rows.valid & taught[:, None, None], squared=True)
+            valid = rows.valid & (rows.truth | rows.pseudo)[:, None, None]
+            each = maths.latent_distance(out, target_velocity, valid, squared=True)
             prediction = maths.denoised(noisy, out, alphas)
         return self._measured(rows, prediction, each, {"velocity": each})
 
@@ -309,3 +307,8 @@ class LatentTask:
         if found.ndim == 3:
             return Measured(losses, parts, found.detach(), rows.maps, rows.pixels, taught)
         return Measured(losses, parts, found.detach().mean(1), rows.target.mean(1), rows.valid, taught)
+
+
+def _place(position: int) -> tuple[int, int]:
+    """(1 for a held-out image, else 0; its index, or its position in the training stream): the seed of its draws."""
+    return int(position < 0), max(position, -1 - position)
