@@ -87,12 +87,18 @@ def find(out: Path) -> list[Checkpoint]:
     return [saved for folder in folders if (saved := _whole(folder)) is not None]
 
 
-def _whole(folder: Path) -> Checkpoint | None:
+def _state_of(folder: Path) -> dict[str, Any]:
+    """The content of state.json; empty where it is missing or damaged."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(state, dict) or state.get("version") != VERSION or is_broken(state):
+        return {}
+    return state if isinstance(state, dict) and not is_broken(state) else {}
+
+
+def _whole(folder: Path) -> Checkpoint | None:
+    state = _state_of(folder)
+    if state.get("version") != VERSION:
         return None
     if not isinstance(state.get("files"), dict) or not _KEYS <= state.keys() or type(state["step"]) is not int:
         return None
@@ -144,19 +150,11 @@ def clean(out: Path) -> list[str]:
     broken = [folder for name in sorted(checkpoint_names) if (folder := out / "checkpoints" / name) not in whole]
     lines = [f"{folder} is damaged: this checkpoint is skipped" for folder in broken if folder.is_dir()]
     for folder in broken:
-        if _version(folder) > VERSION:
+        version = _state_of(folder).get("version")
+        if isinstance(version, int) and version > VERSION:
             raise ValueError(f"{folder}: written by a newer version of this package; update it, or set another run.out")
         shutil.rmtree(folder, ignore_errors=True)
     return lines
-
-
-def _version(folder: Path) -> int:
-    """The format version that a checkpoint states, if its state.json is intact; else 0."""
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return 0 if is_broken(state) else int(state["version"])
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        return 0
 
 
 def drop_damaged(out: Path) -> list[str]:

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,21 +108,21 @@ def number(path: Path, name: str, *, relative: bool = False) -> float | None:
     return values[-1] / values[0] if relative else values[-1]
 
 
-def _lines(path: Path) -> Iterable[dict[str, Any]]:
+def _complete_lines(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The lines of a log that end in a newline, None for an invalid one; no lines where there is no log."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            if text.endswith("\n") and (line := _line(text)) is not None:
-                yield line
+        yield from (_line(text) for text in file if text.endswith("\n"))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    return (line for line in _complete_lines(path) if line is not None)
 
 
 def damaged(path: Path) -> int:
     """How many complete lines of a log are invalid; a truncated end, or one filled with NULs, is not counted."""
-    if not path.exists():
-        return 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return sum(text.endswith("\n") and _line(text) is None for text in file)
+    return sum(line is None for line in _complete_lines(path))
 
 
 def _line(text: str) -> dict[str, Any] | None:
