@@ -107,7 +107,7 @@ def _crop_map(values: Tensor, valid: Tensor, square: tuple[int, int, int]) -> tu
     return torch.where(usable, mixed / weight.clamp(min=0.5), 0.0), usable
 
 
-def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: int, canonical: bool = False) -> Labels:
+def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: int, canonical: bool) -> Labels:
     shared = labels.shared
     cropped = [_crop_map(v, m, square) for v, m, square in zip(shared.values, shared.valid, squares, strict=True)]
     values, valid = (torch.stack(part) for part in zip(*cropped, strict=True))

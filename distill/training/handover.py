@@ -124,9 +124,9 @@ class Handover:
             used += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         if used > self.size or not pieces:
             return batch
-        if not self._has_ended():
+        if not self._ended:
             self.free[reader.id].acquire()
-        if self._has_ended():
+        if self._ended:
             return OSError("a batch was read after training had stopped taking batches")
         number = self._batches_given % SLOTS
         self._batches_given += 1
@@ -140,9 +140,9 @@ class Handover:
 
         Other slots are locked at their first use.
         """
-        readers = range(len(self.free))
-        for reader, number in [(reader, number) for number in range(SLOTS) for reader in readers][:batches]:
-            if device.type != "cuda" or not self._lock(self.slot(reader, number), device):
+        slots = [(reader, number) for number in range(SLOTS) for reader in range(len(self.free))]
+        for reader, number in slots[: batches if device.type == "cuda" else 0]:
+            if not self._lock(self.slot(reader, number), device):
                 return
 
     def take(self, handed: Handed, device: torch.device) -> tuple[Any, Tensor]:
@@ -166,9 +166,6 @@ class Handover:
         self._ended.fill_(1)
         for free in self.free:
             free.release()
-
-    def _has_ended(self) -> bool:
-        return bool(self._ended)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -52,7 +52,7 @@ BLOCK = 1024
 
 
 @functools.lru_cache(maxsize=8)
-def _dealt(shares: tuple[float, ...], seed: int, block: int, size: int = BLOCK) -> np.ndarray:
+def _dealt(shares: tuple[float, ...], seed: int, block: int, size: int) -> np.ndarray:
     """The source of each position of a block, (size,): each source's share, to within one position, shuffled."""
     words = generator("sources", seed, block).bit_generator.random_raw(size + 1)
     points = (np.arange(size) + (int(words[size]) >> 11) * 2.0**-53) / size

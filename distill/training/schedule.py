@@ -79,20 +79,21 @@ def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[s
     claimed: set[int] = set()
     groups = []
     for owner, module in owners.items():
-        parameters = [p for p in (module.parameters() if module is not None else ()) if p.requires_grad]
-        parameters = [p for p in parameters if id(p) not in claimed]
-        claimed.update(id(p) for p in parameters)
         kinds: dict[tuple[int, bool], list[nn.Parameter]] = {}
-        for p in parameters:
-            depth = depths.get(id(p), 0) if owner == "encoder" else 0
-            kinds.setdefault((depth, p.ndim <= 1), []).append(p)
+        for p in module.parameters() if module is not None else ():
+            if p.requires_grad and id(p) not in claimed:
+                claimed.add(id(p))
+                kinds.setdefault((depths.get(id(p), 0), p.ndim <= 1), []).append(p)
         for (depth, plain), params in sorted(kinds.items(), key=lambda kind: kind[0]):
-            name = f"{owner}_no_decay" if plain else owner
             scale = settings.layer_decay**depth
-            weight_decay = 0.0 if plain else settings.weight_decay
             groups.append(
-                {"params": params, "lr": rates[owner] * scale, "scale": scale}
-                | {"weight_decay": weight_decay, "name": name}
+                {
+                    "params": params,
+                    "lr": rates[owner] * scale,
+                    "scale": scale,
+                    "weight_decay": 0.0 if plain else settings.weight_decay,
+                    "name": f"{owner}_no_decay" if plain else owner,
+                }
             )
     left_out = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in claimed]
     if left_out:

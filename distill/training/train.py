@@ -119,8 +119,10 @@ def train(
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
     facts = {"identity": identity, "samples": len(used), "data": fingerprint(dataset.image_keys, used)}
     with reproducible(settings.deterministic), lock, explain_dead_workers(), explain_lost_process():
-        parts = {"objective": objective, "reference": reference, "features": features, "facts": facts}
-        run = new_run(student, accelerator, settings, out=out, save_student=save, card=dict(card or {}), **parts)
+        run = new_run(
+            student, accelerator, settings, out=out, objective=objective, reference=reference, features=features,
+            facts=facts, card=dict(card or {}), save_student=save,
+        )  # fmt: skip
         try:
             resume(run, tell or (lambda line: None))
             open_trackers(accelerator, settings, name=out.name, step=run.step)
@@ -204,10 +206,14 @@ def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: HeldOutSamples, 
         if better or last or due or run.stopping or _out_of_patience(run):
             keep(run)
         if report and run.processes.main and line is not None:
-            best = {} if run.best is None else {"heldout": run.best["heldout"]}
-            parts = {f"parts/{name}": value for name, value in line["parts"].items()}
-            memory = {"memory_bytes": line["memory"] * 2**30} if "memory" in line else {}
-            report(run.step, s.steps, **{name: line[name] for name in REPORTED}, **best, **parts, **memory)
+            report(run.step, s.steps, **_reported(run, line))
+
+
+def _reported(run: TrainingRun, line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a step that are shown while it trains."""
+    shown = {name: line[name] for name in REPORTED} | ({} if run.best is None else {"heldout": run.best["heldout"]})
+    shown |= {f"parts/{name}": value for name, value in line["parts"].items()}
+    return shown | ({"memory_bytes": line["memory"] * 2**30} if "memory" in line else {})
 
 
 def _log_step(run: TrainingRun, line: Mapping[str, Any], *, last: bool) -> None:
