@@ -119,10 +119,8 @@ def train(
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
     facts = {"identity": identity, "samples": len(used), "data": fingerprint(dataset.image_keys, used)}
     with reproducible(settings.deterministic), lock, explain_dead_workers(), explain_lost_process():
-        run = new_run(
-            student, accelerator, settings, out=out, objective=objective, reference=reference, features=features,
-            facts=facts, card=dict(card or {}), save_student=save,
-        )  # fmt: skip
+        parts = {"objective": objective, "reference": reference, "features": features, "facts": facts}
+        run = new_run(student, accelerator, settings, out=out, save_student=save, card=dict(card or {}), **parts)
         try:
             resume(run, tell or (lambda line: None))
             open_trackers(accelerator, settings, name=out.name, step=run.step)
