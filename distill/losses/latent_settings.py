@@ -12,8 +12,6 @@ from distill.core.settings import above, below, raise_faults, unknown_words
 
 STEPS = 1000
 """DDPM's noise levels, 0 to 999."""
-
-
 _NEUTRAL = ("cache", "cache_folder", "watch_prior")
 """Settings that change no number of a run."""
 

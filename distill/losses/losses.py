@@ -18,8 +18,9 @@ from torch import Tensor
 from distill.core.plugins import find
 from distill.core.shapes import check_maps
 from distill.losses import fused
-from distill.losses.normalize import Comparison
+from distill.losses.normalize import Comparison, single_or_double
 from distill.losses.normalize._hdn import hdn
+from distill.losses.normalize._per_image import FLAT, FLOOR
 
 
 def compare(
@@ -39,19 +40,18 @@ def compare(
     if not 0.0 <= trim_top < 1.0:
         raise ValueError(f"trim_top must be in [0, 1), not {trim_top}")
     plugin = find("distill.losses.normalize", normalization)
+    asked = {"trim_top": trim_top or None, "label_only": label_only or None, "weight": weight}
+    options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if not reference_hdn or not plugin.LEVELS:
         if contexts != "dr":
             raise ValueError(f"contexts = {contexts!r} needs reference_hdn and a normalization with contexts")
-        options: dict[str, Any] = {"trim_top": trim_top} if trim_top else {}
-        options |= {"label_only": True} if label_only else {}
-        options |= {"weight": weight} if weight is not None else {}
         taken = inspect.signature(plugin.compare).parameters if options else {}
         if not any(p.kind is p.VAR_KEYWORD for p in taken.values()) and (missing := options.keys() - taken.keys()):
             raise ValueError(
                 f"normalization {normalization!r}: its compare takes no {min(missing)}, which is asked for"
             )
         return plugin.compare(pred, target, valid, **options)
-    if trim_top or label_only or weight is not None:
+    if options:
         raise ValueError("reference_hdn is HDN's released loss, which knows no trim_top, label_only or weights")
     # With one context: that code's SSIMAE, which does include the maximum.
     loss = hdn(pred, target, valid, plugin.LEVELS if max(plugin.LEVELS) > 1 else (), contexts=contexts)
@@ -108,7 +108,7 @@ def hdn_loss(
 def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Median and mean absolute deviation from it over valid pixels, (B,) each; (0, 0) where nothing is valid."""
     check_maps(values=values, valid=valid)
-    values = values if values.dtype == torch.float64 else values.float()
+    values = single_or_double(values)
     result = fused.median_and_mean_abs_dev(values, valid, _median_and_mean_abs_dev)
     return _median_and_mean_abs_dev(values, valid) if result is None else result
 
@@ -124,8 +124,7 @@ def _median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Ten
 
 def _clean(values: Tensor, usable: Tensor) -> Tensor:
     """The values, 0 where not usable; half precision becomes float32."""
-    filled = torch.where(usable, values, 0.0)
-    return filled if filled.dtype == torch.float64 else filled.float()
+    return single_or_double(torch.where(usable, values, 0.0))
 
 
 def _globally_normalized_difference(pred: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,9 +133,9 @@ def _globally_normalized_difference(pred: Tensor, target: Tensor, valid: Tensor)
     clean_pred, clean_target = _clean(pred, usable), _clean(target.detach(), usable)
     pred_median, pred_scale = _median_and_mean_abs_dev(clean_pred, usable)
     label_median, label_scale = _median_and_mean_abs_dev(clean_target, usable)
-    informative = label_scale > 1e-6 * clean_target.abs().amax((-2, -1))
+    informative = label_scale > FLAT * clean_target.abs().amax((-2, -1))
     usable = usable & informative[:, None, None]
-    normal = (clean_pred - pred_median[:, None, None]) / pred_scale.clamp(min=1e-6)[:, None, None]
+    normal = (clean_pred - pred_median[:, None, None]) / pred_scale.clamp(min=FLOOR)[:, None, None]
     label = (clean_target - label_median[:, None, None]) / torch.where(informative, label_scale, 1.0)[:, None, None]
     return torch.where(usable, normal - label, 0.0), usable
 
@@ -164,9 +163,9 @@ def gradient_loss(
     which avoids computing their statistics again, or None.
     """
     check_maps(pred=pred, target=target, valid=valid)
-    work = pred if pred.dtype == torch.float64 else pred.float()
     options = (scales, normalize)
-    result = fused.gradient_loss(work, target, valid, *options, whole_image=whole_image, reference=_gradient_loss)
+    pred = single_or_double(pred)
+    result = fused.gradient_loss(pred, target, valid, *options, whole_image=whole_image, reference=_gradient_loss)
     return _gradient_loss(pred, target, valid, *options) if result is None else result
 
 
@@ -209,6 +208,6 @@ def anchor_loss(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     clean_target = _clean(target.detach(), usable)
     _, spread = median_and_mean_abs_dev(_clean(pred, usable), usable)
     _, label = median_and_mean_abs_dev(clean_target, usable)
-    informative = label > 1e-6 * clean_target.abs().amax((-2, -1))
-    ratio = spread.clamp(min=1e-6).log() - torch.where(informative, label, 1.0).log()
+    informative = label > FLAT * clean_target.abs().amax((-2, -1))
+    ratio = spread.clamp(min=FLOOR).log() - torch.where(informative, label, 1.0).log()
     return torch.where(informative, ratio.square(), 0.0)

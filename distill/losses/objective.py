@@ -17,7 +17,7 @@ from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
 from distill.core.plugins import find
 from distill.losses.losses import compare
-from distill.losses.normalize import Comparison
+from distill.losses.normalize import Comparison, single_or_double
 from distill.losses.settings import FACTS, TERMS, LossSettings
 from distill.losses.terms import TermInputs
 
@@ -60,9 +60,8 @@ class Objective:
         where no term applies to them.
         """
         with torch.autocast(pred.device.type, enabled=False):
-            pred = pred.float() if pred.dtype != torch.float64 else pred
-            pred, labels = self._as(labels.shared.kind, pred), self._within(labels)
-            return self._sum(pred, labels, features, teacher_features)
+            pred = self._as(labels.shared.kind, single_or_double(pred))
+            return self._sum(pred, self._within(labels), features, teacher_features)
 
     def _as(self, kind: Kind, pred: Tensor) -> Tensor:
         """The prediction, converted to the labels' kind."""

@@ -16,7 +16,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+
+def single_or_double(values: Tensor) -> Tensor:
+    """The values in float32, or as they are in float64."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 class Comparison(NamedTuple):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from distill.losses import fused
-from distill.losses.normalize import Comparison
+from distill.losses.normalize import Comparison, single_or_double
 from distill.losses.normalize._batched import batch_loss
 from distill.losses.normalize._per_image import Workspace, image_loss
 
@@ -104,14 +104,13 @@ def compare_in_contexts(
     weight: Tensor | None = None,
 ) -> Comparison:
     """The comparison for these `levels`, each a divisor of the largest. Half precision is converted to float32."""
-    work = pred.dtype if pred.dtype in (torch.float32, torch.float64) else torch.float32
-    pred = pred.to(work)
+    pred = single_or_double(pred)
     fused_result = fused.context_loss(pred, target, valid, weight, levels, trim_top=trim_top, label_only=label_only)
     if fused_result is not None:
         return Comparison(*fused_result)
-    target = target.detach().to(work)
+    target = target.detach().to(pred.dtype)
     usable = valid & torch.isfinite(target)
-    weight = None if weight is None else weight.detach().to(work)
+    weight = None if weight is None else weight.detach().to(pred.dtype)
     loss, live = _ContextLoss.apply(pred, target, usable, weight, levels, trim_top, label_only)
     return Comparison(loss, live, sum(levels) - live)
 

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from distill.losses.normalize import single_or_double
+
 _EPS = 1e-6
 # In float32 it changes no bound but zero: this is why the maximum belongs to no context, and why a zero label does.
 _TINY = 1e-30
@@ -82,8 +84,8 @@ def hdn(pred: Tensor, target: Tensor, valid: Tensor, levels: tuple[int, ...], *,
         raise ValueError(f'contexts must be "dr", "dp" or "ds", not {contexts!r}')
     if levels and contexts == "ds" and pred.shape[-1] != pred.shape[-2]:
         raise ValueError(f"ds contexts need square maps, not {pred.shape[-2]} x {pred.shape[-1]}")
-    work = pred.dtype if pred.dtype in (torch.float32, torch.float64) else torch.float32
-    pred, target = pred.to(work), target.detach().to(work)
+    pred = single_or_double(pred)
+    target = target.detach().to(pred.dtype)
     valid = valid & torch.isfinite(target)
     sums = [_pixel_losses(p, t, v, levels, contexts).sum() for p, t, v in zip(pred, target, valid, strict=True)]
-    return (torch.stack(sums) if sums else pred.new_zeros(0)) * (len(pred) / valid.sum().clamp(min=1).to(work))
+    return (torch.stack(sums) if sums else pred.new_zeros(0)) * (len(pred) / valid.sum().clamp(min=1).to(pred.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distill.losses.normalize import Comparison
+from distill.losses.normalize import Comparison, single_or_double
 
 INVARIANT = False
 LEVELS: tuple[int, ...] = ()
@@ -22,10 +22,9 @@ def compare(
 ) -> Comparison:
     """See distill.losses.normalize: the loss (B,). `label_only` changes nothing here; no valid pixels give 0."""
     del label_only
-    target = target.detach()
+    pred = single_or_double(pred)
     usable = valid & torch.isfinite(target)
-    work = pred.dtype if pred.dtype in (torch.float32, torch.float64) else torch.float32
-    difference = (torch.where(usable, pred, 0.0).to(work) - torch.where(usable, target, 0.0).to(work)).abs()
+    difference = (torch.where(usable, pred, 0.0) - torch.where(usable, target.detach(), 0.0).to(pred.dtype)).abs()
     counted = usable
     if trim_top > 0.0:
         rows = torch.where(usable, difference.detach(), -1.0).flatten(1)
@@ -34,7 +33,7 @@ def compare(
         position = (rows.shape[1] - counts + keep - 1).clamp(0, rows.shape[1] - 1)
         threshold = rows.sort(1).values.gather(1, position[:, None])
         counted = usable & (difference <= threshold[..., None])
-    each = counted.to(work) if weight is None else torch.where(counted, weight.to(work), 0.0)
+    each = counted.to(pred.dtype) if weight is None else torch.where(counted, weight.to(pred.dtype), 0.0)
     total = each.sum((-2, -1))
     loss = (difference * each).sum((-2, -1)) / torch.where(total > 0, total, 1.0)
     live = counted.any(-1).any(-1).long()
