@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from distill.core.resample import resize_bilinear
 from distill.students.decoders import Features, four_channels, load_released, split
 
-_UNUSED = "scratch.refinenet4.resConfUnit1."
+UNUSED = "scratch.refinenet4.resConfUnit1."
+"""The unit that released files of this head, and of those that it derives from, store and never use."""
 
 
 class Decoder(nn.Module):
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
         state = {key.removeprefix("module."): value for key, value in state_dict.items()}
         if any(key.startswith("depth_head.") for key in state):
             state = {key.removeprefix("depth_head."): v for key, v in state.items() if key.startswith("depth_head.")}
-        load_released(self, {key: value for key, value in state.items() if not key.startswith(_UNUSED)})
+        load_released(self, {key: value for key, value in state.items() if not key.startswith(UNUSED)})
         return self
 
 

@@ -152,12 +152,11 @@ class ResidualUnit(nn.Module):
         return x + self.conv2(torch.relu(self.conv1(torch.relu(x))))
 
 
-class DepthHead(nn.Module):
-    """Convolution, x2, convolution, ReLU, one channel."""
+class Head(nn.ModuleDict):
+    """Convolution, x2, convolution, ReLU, one channel; numbered as the authors' Sequential."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.head = nn.ModuleDict(
+        super().__init__(
             {
                 "0": nn.Conv2d(channels, channels // 2, 3, padding=1),
                 "2": nn.Conv2d(channels // 2, 32, 3, padding=1),
@@ -167,8 +166,20 @@ class DepthHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,h,w) -> (B,1,2h,2w)."""
-        x = _double(self.head["0"](x))
-        return self.head["4"](torch.relu(self.head["2"](x)))
+        x = _double(self["0"](x))
+        return self["4"](torch.relu(self["2"](x)))
+
+
+class DepthHead(nn.Module):
+    """The head under the name `head`, as in the released weights."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.head = Head(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,h,w) -> (B,1,2h,2w)."""
+        return self.head(x)
 
 
 def _double(x: Tensor) -> Tensor:

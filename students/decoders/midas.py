@@ -15,15 +15,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from distill.core.resample import resize_bilinear
 from distill.students.decoders import Features, four_channels, load_released
-from distill.students.decoders.dav2 import Fusion
-from distill.students.decoders.dpt import Reassemble
+from distill.students.decoders.dav2 import UNUSED, Fusion, fused
+from distill.students.decoders.dpt import Head, Reassemble
 
-_UNUSED = "scratch.refinenet4.resConfUnit1."
 # The parts of act_postprocess1 to 4, one for each level: the readout, a projection, and the resizing.
 _PARTS = {"0.project.0": "readout_projects.{}.0", "3": "projects.{}.conv", "4": "resize_layers.{}"}
 
@@ -52,20 +49,13 @@ class Decoder(nn.Module):
         for i, level in enumerate(levels, start=1):
             scratch[f"layer{i}_rn"] = nn.Conv2d(level, channels, 3, padding=1, bias=False)
             scratch[f"refinenet{i}"] = Fusion(channels, lateral=i < 4)
-        scratch["output_conv"] = _Head(channels)
+        scratch["output_conv"] = Head(channels)
         self.scratch = nn.ModuleDict(scratch)
 
     def forward(self, features: Features) -> Tensor:
         """(B,1,16h,16w), before the final activation."""
         levels = [self.scratch[f"layer{i}_rn"](x) for i, x in enumerate(self.reassemble(features), start=1)]
-        x: Tensor | None = None
-        for i in (4, 3, 2, 1):
-            level = levels[i - 1]
-            size = levels[i - 2].shape[-2:] if i > 1 else [2 * side for side in level.shape[-2:]]
-            fuse = self.scratch[f"refinenet{i}"]
-            x = fuse(level, None, size) if x is None else fuse(x, level, size)
-        assert x is not None
-        return self.scratch["output_conv"](x)
+        return self.scratch["output_conv"](fused(self.scratch, levels))
 
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
         """Fill from MiDaS's own file (dpt_beit_*.pt), whose encoder is ignored; ValueError names a mismatch."""
@@ -74,26 +64,7 @@ class Decoder(nn.Module):
             match = re.fullmatch(r"pretrained\.act_postprocess([1-4])\.(0\.project\.0|3|4)\.(weight|bias)", key)
             if match:
                 state[f"reassemble.{_PARTS[match[2]].format(int(match[1]) - 1)}.{match[3]}"] = value
-            elif not key.startswith(("pretrained.", _UNUSED)):
+            elif not key.startswith(("pretrained.", UNUSED)):
                 state[key] = value
         load_released(self, state)
         return self
-
-
-class _Head(nn.ModuleDict):
-    """Convolution, x2, convolution, ReLU, one channel; numbered as the authors' Sequential."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(
-            {
-                "0": nn.Conv2d(channels, channels // 2, 3, padding=1),
-                "2": nn.Conv2d(channels // 2, 32, 3, padding=1),
-                "4": nn.Conv2d(32, 1, 1),
-            }
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B,C,h,w) -> (B,1,2h,2w)."""
-        x = self["0"](x)
-        x = resize_bilinear(x, (2 * x.shape[-2], 2 * x.shape[-1]), align_corners=True)
-        return self["4"](torch.relu(self["2"](x)))
