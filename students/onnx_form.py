@@ -7,10 +7,12 @@ grows, so the table is first resized to the student's native grid, the smallest 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from distill.core.crops import native_shape
 from distill.core.optional import optional
 from distill.students import Student
 
@@ -19,8 +21,8 @@ def for_browser(student: Student) -> Student:
     """A copy whose learned position table, if any, has the native grid, the smallest that the size rule gives."""
     out = copy.deepcopy(student)
     if getattr(out.encoder.backbone, "pos_embed", None) is not None and out.native_size:
-        side = round(out.native_size / out.encoder.patch_size) * out.encoder.patch_size
-        out.encoder.backbone.set_input_size(img_size=(side, side))
+        square = native_shape(1, 1, out.native_size, out.encoder.patch_size)
+        out.encoder.backbone.set_input_size(img_size=square)
     return out
 
 
@@ -43,9 +45,7 @@ def with_resize(model: Any, student: Student) -> None:
     onnx = optional("onnx")
     graph, kinds = model.graph, onnx.TensorProto
     source, output = graph.input[0].name, graph.output[0].name
-    for node in graph.node:
-        node.output[:] = ["photo:map" if x == output else x for x in node.output]
-        node.input[:] = ["photo:map" if x == output else x for x in node.input]
+    rename(graph.node, output, "photo:map")
     build, size = _Builder(graph), student.native_size or 0
     build.numbers(size=size, most=8 * size, multiple=student.encoder.patch_size, one=1.0)
     build.numbers(zero=0.0, half=0.5)
@@ -79,6 +79,13 @@ def with_resize(model: Any, student: Student) -> None:
     graph.node.extend(nodes)
     graph.input.append(onnx.helper.make_tensor_value_info("photo", kinds.UINT8, ["height", "width", 3]))
     graph.output.append(onnx.helper.make_tensor_value_info(output, kinds.FLOAT, ["height", "width"]))
+
+
+def rename(nodes: Iterable[Any], old: str, new: str) -> None:
+    """Rename a value wherever the nodes write or read it, in place."""
+    for node in nodes:
+        node.output[:] = [new if x == old else x for x in node.output]
+        node.input[:] = [new if x == old else x for x in node.input]
 
 
 class _Builder:

@@ -62,11 +62,11 @@ def write_onnx(
     outputs differ; an older file at `path` is then kept.
     """
     require(NEEDS)
-    options, path = options or OnnxOptions(), Path(path)
+    options, path, named = options or OnnxOptions(), Path(path), named or path
     if options.bits == 8 and not options.crops:
-        raise ValueError(f"{named or path}: 8 bits need images to calibrate on")
+        raise ValueError(f"{named}: 8 bits need images to calibrate on")
     if (options.with_resize or options.browser) and not student.native_size:
-        raise ValueError(f"{named or path}: the student has no native_size, so it has no size rule to put in the graph")
+        raise ValueError(f"{named}: the student has no native_size, so it has no size rule to put in the graph")
     if options.browser:
         student, program = for_browser(student), None
     model = traced(student, program)
@@ -75,19 +75,19 @@ def write_onnx(
     onnx = optional("onnx")
     with files.writing(path) as new:
         onnx.save(model, new)
-        run = run_onnx(new, named=named or path)
-        worst = parity(student, run, named or path, sizes=_sizes(student) if options.browser else None)
+        core = run_onnx(new, named=named)
+        worst = parity(student, core, named, sizes=_sizes(student) if options.browser else None)
         if options.bits != 32:
-            model = (
-                to_float16(model, _samples(student))
-                if options.bits == 16
-                else to_int8(model, [_at_native(student, image) for image in options.crops], matrices=options.matrices)
-            )
+            if options.bits == 16:
+                model = to_float16(model, _samples(student))
+            else:
+                calibration = [_sized(student, image) for image in options.crops]
+                model = to_int8(model, calibration, matrices=options.matrices)
             onnx.save(model, new)
             # Eight bits are calibrated on photographs, so noise would not be representative.
-            probes = [_at_native(student, image) for image in options.crops[:4]] or _samples(student)[:2]
-            worst = _close(student, run_onnx(new, named=named or path), named or path, MAY_DIFFER[options.bits], probes)
-        core = run_onnx(new, named=named or path)
+            probes = [_sized(student, image) for image in options.crops[:4]] or _samples(student)[:2]
+            core = run_onnx(new, named=named)
+            worst = _close(student, core, named, MAY_DIFFER[options.bits], probes)
         if options.with_resize:
             with_resize(model, student)
         texts = metadata or {}
@@ -99,7 +99,7 @@ def write_onnx(
             limit = 1e-3 if options.bits == 32 else 1e-2
             # In INT8, an input that is off by 1e-6 moves codes, and the map by as much as eight bits do.
             limit = max(limit, 2 * worst) if options.bits == 8 else limit
-            worst = max(worst, _check_resize(student, core, new, named or path, limit))
+            worst = max(worst, _check_resize(student, core, new, named, limit))
         return worst
 
 
@@ -177,11 +177,12 @@ def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[
 
 def at_native(student: Student, run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     """(H,W) map of an image (3,H,W) by the size rule with the network `run`, as in `distill predict`."""
-    values = run(_at_native(student, image))
+    values = run(_sized(student, image))
     return crops.resize(values[:, None], *image.shape[-2:])[0, 0]
 
 
-def _at_native(student: Student, image: Tensor) -> Tensor:
+def _sized(student: Student, image: Tensor) -> Tensor:
+    """An image (3,H,W), uint8 or in [0,1], as (1,3,h,w) by the size rule; at its own size without a native one."""
     unit = image[None].float() / 255.0 if image.dtype == torch.uint8 else image[None]
     size = student.native_size or min(image.shape[-2:])
     height, width = image.shape[-2:]
@@ -211,7 +212,7 @@ def _samples(student: Student) -> list[Tensor]:
     rng = torch.Generator().manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=rng), (150, 200), mode="bicubic")
     images = [smooth[0].clamp(0, 1), torch.rand(3, 200, 150, generator=rng), torch.zeros(3, 64, 64)]
-    return [_at_native(student, image) for image in images]
+    return [_sized(student, image) for image in images]
 
 
 def _close(

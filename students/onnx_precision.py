@@ -22,6 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from distill.core.optional import optional
+from distill.students.onnx_form import rename
 
 _MOVES = {"Concat", "Expand", "Gather", "Identity", "Pad", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
 _MOVES |= {"Resize", "Unsqueeze"}  # outputs no larger than inputs; bicubic's few percent are in _LARGEST's room
@@ -77,17 +78,21 @@ def to_float16(model: Any, images: Sequence[Tensor]) -> Any:
     for value in graph.output:
         if value.name not in single:
             name = f"{value.name}:half"
-            for node in nodes:
-                node.output[:] = [name if x == value.name else x for x in node.output]
-                node.input[:] = [name if x == value.name else x for x in node.input]
+            rename(nodes, value.name, name)
             nodes.append(onnx.helper.make_node("Cast", [name], [value.name], name=f"{name}:out", to=1))
-    del graph.node[:], graph.value_info[:]
+    del graph.value_info[:]
+    _set_nodes(graph, nodes)
+    return model
+
+
+def _set_nodes(graph: Any, nodes: Sequence[Any]) -> None:
+    """Replace the graph's nodes, and leave out the weights that none of them reads."""
+    del graph.node[:]
     graph.node.extend(nodes)
     used = {x for node in nodes for x in node.input}
     initializers = [t for t in graph.initializer if t.name in used]
     del graph.initializer[:]
     graph.initializer.extend(initializers)
-    return model
 
 
 def _prepared(model: Any) -> Any:
@@ -194,14 +199,6 @@ def to_int8(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -> 
     """
     if matrices not in ("int8", "weights"):
         raise ValueError(f'matrices must be "int8" or "weights", not {matrices!r}')
-    quantization = optional("onnxruntime.quantization")
-    onnx = optional("onnx")
-    sized = iter([{model.graph.input[0].name: image.numpy()} for image in images])
-
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
-        def get_next(self) -> Any:
-            return next(sized, None)
-
     for i, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{i}"
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
@@ -210,6 +207,13 @@ def to_int8(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -> 
         copied = copy.deepcopy(model)
         _eight_bit_weights(copied, excluded)
         return copied
+    onnx, quantization = optional("onnx"), optional("onnxruntime.quantization")
+    sized = iter([{model.graph.input[0].name: image.numpy()} for image in images])
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+        def get_next(self) -> Any:
+            return next(sized, None)
+
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
         onnx.save(onnx.shape_inference.infer_shapes(model), before)
@@ -280,9 +284,4 @@ def _eight_bit_weights(model: Any, whole: Sequence[str]) -> None:
             converted[name] = converted.get(name) or weight(name)
             node.input[1] = converted[name]
         nodes.append(node)
-    del graph.node[:]
-    graph.node.extend(nodes)
-    used = {x for node in nodes for x in node.input}
-    initializers = [t for t in graph.initializer if t.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(initializers)
+    _set_nodes(graph, nodes)
