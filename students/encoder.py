@@ -100,13 +100,14 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         grid = (pos_grid, pos_grid) if isinstance(pos_grid, int) else tuple(pos_grid or ()) or None
-        backbone = _create(_timm_name(name), grid, dict(timm_options or {}))
+        timm_name = _timm_name(name)
+        backbone = _create(timm_name, grid, dict(timm_options or {}))
         if name == vggt.NAME:
             backbone = vggt.Backbone(backbone, final_norm=final_norm, weights=str(weights))
         self.weights_sha256: str | None = None
         self.weights_name: str | None = None
         if weights == "pretrained":
-            _load(backbone, _download(_timm_name(name)), f"timm's {_timm_name(name)}")
+            _load(backbone, _download(timm_name), f"timm's {timm_name}")
         elif weights is not None:
             weights = find_weights(Path(weights), ANY) if Path(weights).is_dir() else Path(weights)
             _load(backbone, read_state(weights, weights_key=weights_key), str(weights))
@@ -127,7 +128,7 @@ class Encoder(nn.Module):
             mean, std = mean if mean is not None else published[0], std if std is not None else published[1]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.name, self.timm_name = name, _timm_name(name)
+        self.name, self.timm_name = name, timm_name
         self.options: dict[str, Any] = {
             "indices": list(taps),
             "blocks": None if blocks is None else selected,
@@ -228,11 +229,12 @@ def statistics(name: str, weights: Path | None = None) -> tuple[tuple[float, ...
     beside = {} if weights is None else _stated_beside(weights)
     if beside:
         return tuple(beside["mean"]), tuple(beside["std"])
-    stated = timm.get_pretrained_cfg(_timm_name(name), allow_unregistered=True)
+    timm_name = _timm_name(name)
+    stated = timm.get_pretrained_cfg(timm_name, allow_unregistered=True)
     if weights is not None and "sat493m" in str(weights).lower().replace("-", "").replace("_", ""):
         stated = timm.get_pretrained_cfg("vit_large_patch16_dinov3.sat493m", allow_unregistered=True) or stated
-    elif weights is not None and "." not in _timm_name(name):
-        stated = _by_file_name(_timm_name(name), weights) or stated
+    elif weights is not None and "." not in timm_name:
+        stated = _by_file_name(timm_name, weights) or stated
     if stated is None or not stated.mean or not stated.std:
         return IMAGENET_MEAN, IMAGENET_STD
     return tuple(stated.mean), tuple(stated.std)
