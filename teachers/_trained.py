@@ -17,9 +17,9 @@ def trained_card(card: Card, folder: Path) -> Card:
     description = read_config(folder / TRAINED)
     if not description:
         return card
-    student_card = description.get("card") if isinstance(description.get("card"), dict) else {}
-    assert isinstance(student_card, dict)
-    if description.get("kind") not in Kind._value2member_map_:
+    stored = description.get("card")
+    student_card = stored if isinstance(stored, dict) else {}
+    if description.get("kind") not in list(Kind):
         raise WeightsMismatchError(f"{folder / TRAINED}: kind is {description.get('kind')!r}, which is no kind of map")
     return replace(
         card,

@@ -102,7 +102,7 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
         raise ValueError(f"{folder} does not say what its maps are: give kind ({', '.join(Kind)})")
     if None not in (kind, declared) and kind != declared:
         raise ValueError(f"{settings} says that the maps are {declared}, not {kind}: leave kind out")
-    if declared is not None and declared not in set(Kind):
+    if declared is not None and declared not in list(Kind):
         raise ValueError(f"{settings}: kind = {declared!r} is not one of {', '.join(Kind)}")
     map_kind = Kind(kind or declared or "")
 

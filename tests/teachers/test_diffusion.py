@@ -197,6 +197,11 @@ class TestGenPercept:
         (folder / "distill.json").write_text('{"teacher": "genpercept", "kind": "affine_depth", "timestep": 200}')
         assert genpercept.Teacher.load(str(folder)).timestep == 200
         assert genpercept.Teacher.load(str(folder), timestep=0).timestep == 0
+        (folder / "distill.json").write_text('{"teacher": "genpercept", "kind": "affine_disparity"}')
+        assert genpercept.Teacher.load(str(folder)).card.kind == Kind.AFFINE_DISPARITY
+        (folder / "distill.json").write_text('{"teacher": "genpercept", "kind": ["affine_depth"]}')
+        with pytest.raises(ValueError, match=r"distill.json: kind is \['affine_depth'\], which is no kind of map"):
+            genpercept.Teacher.load(str(folder))
 
     @pytest.mark.parametrize("own_config", [True, False])
     def test_lone_unet(self, made, tmp_path, own_config):

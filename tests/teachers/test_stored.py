@@ -105,6 +105,9 @@ def test_a_sample_of_shards_is_decoded_once_for_all_its_maps(tmp_path, monkeypat
 
 
 def test_a_kind_that_settings_do_not_know_names_its_file(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({"kind": ["affine_depth"]}))
+    with pytest.raises(ValueError, match=r"settings.json: kind = \['affine_depth'\] is not one of metric_depth"):
+        stored.Teacher.load(str(tmp_path))
     (tmp_path / "settings.json").write_text(json.dumps({"kind": "depth"}))
     with pytest.raises(ValueError, match=r"settings.json: kind = 'depth' is not one of metric_depth"):
         stored.Teacher.load(str(tmp_path))
