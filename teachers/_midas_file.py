@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.core.weights import thirds
-from distill.teachers import REPORT_MISMATCHES, WeightsMismatchError, load_checked, sizing_tensors
+from distill.teachers import WeightsMismatchError, sizing_tensors
 
 _BLOCK = {
     "gamma_1": "lambda_1",
@@ -40,9 +40,9 @@ ANCHOR = "pretrained.model.cls_token"
 """A name that every file of the authors has."""
 
 
-def network(state: Mapping[str, Tensor], path: Path) -> Any:
-    """transformers' DPT on BEiT with the tensors of a file, loaded strictly. Raises as `network_sizes` does."""
-    from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation
+def config_of(state: Mapping[str, Tensor], path: Path) -> Any:
+    """The configuration of transformers' DPT on BEiT for the tensors of a file. Raises as `network_sizes` does."""
+    from transformers import BeitConfig, DPTConfig
 
     net = network_sizes(state, path)
     backbone = BeitConfig(
@@ -57,18 +57,11 @@ def network(state: Mapping[str, Tensor], path: Path) -> Any:
         reshape_hidden_states=False,
         out_features=[f"stage{net['blocks'] * quarter // 4}" for quarter in range(1, 5)],
     )
-    config = DPTConfig(
+    return DPTConfig(
         backbone_config=backbone,
         hidden_size=net["width"],
         neck_hidden_sizes=net["neck"],
         fusion_hidden_size=net["fusion"],
-    )
-    tensors = to_transformers_names(state)
-    return load_checked(
-        lambda: DPTForDepthEstimation.from_pretrained(None, config=config, state_dict=tensors, **REPORT_MISMATCHES),
-        path,
-        what="MiDaS v3.1",
-        optional=("relative_position_index",),
     )
 
 

@@ -94,15 +94,13 @@ class Teacher:
         path = resolve(weights, files=FILES)
         names = ("*.pt", "*.pth", "*.safetensors", "*.ckpt", "*.bin")
         path, state, folder = read_either(path, names, anchor=_ANCHOR, authors=(_midas_file.ANCHOR,))
-        model = _midas_file.network(state, path) if folder is None else _from_folder(folder, state, path)
+        config = _midas_file.config_of(state, path) if folder is None else _described_config(folder)
+        state = _midas_file.to_transformers_names(state) if folder is None else state
+        model = _network(config, state, path)
         size = native_size or _trained_at(model)
         card = replace(card_for(CARDS, weights), revision=revision_of(path), native_size=size)
-        return cls(
-            model.eval().requires_grad_(False).to(device=device, dtype=dtype),
-            card,
-            resize=resize,
-            native_size=native_size,
-        )
+        model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        return cls(model, card, resize=resize, native_size=native_size)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> DepthMap:
@@ -130,8 +128,15 @@ def _trained_at(model: Any) -> int:
 _ANCHOR = "backbone.embeddings.cls_token"  # of transformers' files
 
 
-def _from_folder(folder: Path, state: dict[str, Tensor], where: Path) -> Any:
-    from transformers import DPTConfig, DPTForDepthEstimation
+def _network(config: Any, state: dict[str, Tensor], where: Path) -> Any:
+    from transformers import DPTForDepthEstimation
+
+    optional = ("relative_position_index",)  # a fixed table that older files carry
+    return build_described(DPTForDepthEstimation, config, state, where, what="MiDaS v3.1", optional=optional)
+
+
+def _described_config(folder: Path) -> Any:
+    from transformers import DPTConfig
 
     described = read_config(folder / "config.json")
     backbone = (described.get("backbone_config") or {}).get("model_type")
@@ -140,6 +145,4 @@ def _from_folder(folder: Path, state: dict[str, Tensor], where: Path) -> Any:
             f"{folder / 'config.json'} describes a {described.get('model_type')} model on {backbone}: MiDaS v3.1 here "
             "is dpt on beit"
         )
-    config = described_config(DPTConfig, folder, what="MiDaS v3.1")
-    optional = ("relative_position_index",)  # a fixed table that older files carry
-    return build_described(DPTForDepthEstimation, config, state, where, what="MiDaS v3.1", optional=optional)
+    return described_config(DPTConfig, folder, what="MiDaS v3.1")
