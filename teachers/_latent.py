@@ -107,12 +107,12 @@ def load_parts(
         raise WeightsMismatchError(
             f"{folder}: its UNet takes {unet.config.in_channels} channels, {what} takes {channels}"
         )
+    if unet.config.class_embed_type or unet.config.num_class_embeds:
+        raise WeightsMismatchError(f"{folder}: its UNet wants a task beside the image, as Lotus's: it is no {what}")
     vae = _load_part(diffusers.AutoencoderKL, folder / "vae", "encoder.conv_in.weight", what, dtype)
     if torch.device(device).type == "cpu":
         # One image of the batch at a time: a third of the memory at the same speed (tests/speed/teachers.py).
         vae.enable_slicing()
-    if unet.config.class_embed_type or unet.config.num_class_embeds:
-        raise WeightsMismatchError(f"{folder}: its UNet wants a task beside the image, as Lotus's: it is no {what}")
     prompt = _empty_prompt(folder, what)
     return Parts(
         unet=unet.eval().requires_grad_(False).to(device),

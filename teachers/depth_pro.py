@@ -68,10 +68,10 @@ class Teacher:
         if focal is not None and (output != "depth" or not 0 < focal < float("inf")):
             raise ValueError(f'focal is a length in pixels, of output = "depth" alone; got {focal} with {output!r}')
         self.model = model
-        self.card = replace(card, kind=OUTPUTS[output])
         self.focal = focal
         self.output = output
         self.native_size = SCALES * int(model.config.patch_size)
+        self.card = replace(card, kind=OUTPUTS[output], native_size=self.native_size)
 
     @classmethod
     def load(
@@ -98,13 +98,11 @@ class Teacher:
         config = _config(state, file) if folder is None else _described_config(folder)
         state = rename(state, file) if folder is None else state
         model = _network(config, state, file)
-        card = replace(card_for(CARDS, weights), revision=revision_of(file))
-        model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-        teacher = cls(model, card, focal=focal, output=output)
-        teacher.card = replace(teacher.card, native_size=teacher.native_size)
         if not model.use_fov_model and output == "depth" and focal is None:
             raise ValueError(f'{file} has no field-of-view head: give focal, or take output = "canonical"')
-        return teacher
+        card = replace(card_for(CARDS, weights), revision=revision_of(file))
+        model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        return cls(model, card, focal=focal, output=output)
 
     @property
     def takes_focal(self) -> bool:

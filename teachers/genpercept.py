@@ -155,13 +155,10 @@ class Teacher:
         dpt_head = None if head_file is None else _load_head(head_file).to(device=device, dtype=dtype)
         card = trained_card(card_for(CARDS, weights), folder)
         description = read_config(folder / TRAINED)
-        mode = mode or (
-            "disparity" if str(description.get("kind", "")).endswith("disparity") else "depth" if description else None
-        )
-        kind_in_name = "disparity" if "disparity" in Path(weights).name else "depth"
+        stated = description.get("kind") or Path(weights).name
         card = replace(
             card,
-            kind=_KINDS[mode or kind_in_name],
+            kind=_KINDS[mode or ("disparity" if "disparity" in stated else "depth")],
             revision=revision_of(folder),
             native_size=default_size(native_size, parts),
             multiple=parts.factor,

@@ -118,9 +118,9 @@ class Teacher:
             raise WeightsMismatchError(f"{file} is of MoGe-1, by its model_config: take a MoGe-2 checkpoint")
         try:
             network = Network(_layout(state, description, file), description)
+        except WeightsMismatchError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, WeightsMismatchError):
-                raise
             raise WeightsMismatchError(
                 f"{file}: its model_config is of no MoGe-2 that is known here: {error}"
             ) from error
@@ -179,23 +179,19 @@ def camera(points: Tensor, valid: Tensor, *, focal: float | None = None) -> tupl
     points: (B,H,W,3), valid: (B,H,W). focal: if it is known. With fewer than two valid points: 1 (or focal) and 0.
     """
     height, width = points.shape[1:3]
-    sampled_points = (
-        F.interpolate(points.permute(0, 3, 1, 2), (CAMERA_GRID, CAMERA_GRID), mode="nearest")
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .numpy()
-    )
-    positions = F.interpolate(view_plane(height, width, width / height), (CAMERA_GRID, CAMERA_GRID), mode="nearest")[
-        0
-    ].permute(1, 2, 0)
-    sampled_valid = (
-        F.interpolate(valid.float()[:, None], (CAMERA_GRID, CAMERA_GRID), mode="nearest")[:, 0].cpu().numpy() > 0
-    )
+
+    def sampled(maps: Tensor) -> np.ndarray:
+        """(B,C,H,W) -> (B,64,64,C)."""
+        small = F.interpolate(maps, (CAMERA_GRID, CAMERA_GRID), mode="nearest")
+        return small.permute(0, 2, 3, 1).cpu().numpy()
+
+    places = sampled(view_plane(height, width, width / height))[0]
+    masks = sampled(valid.float()[:, None])[..., 0] > 0
     solutions = [
-        _solve_camera(image_points[usable], positions.numpy()[usable], focal)
+        _solve_camera(image_points[usable], places[usable], focal)
         if usable.sum() > 1
         else (1.0 if focal is None else focal, 0.0)
-        for image_points, usable in zip(sampled_points, sampled_valid, strict=True)
+        for image_points, usable in zip(sampled(points.permute(0, 3, 1, 2)), masks, strict=True)
     ]
     focals, shifts = torch.tensor(solutions, dtype=points.dtype, device=points.device).T
     return focals, shifts
