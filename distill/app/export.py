@@ -16,6 +16,7 @@ from distill.app.console import note, say
 from distill.app.gate import Gate, QualityError, calibration
 from distill.core import files
 from distill.core.depth import Kind
+from distill.core.private import without_places
 from distill.eval.reports.figures import NEARNESS
 from distill.students import Student, checkpoint, export, onnx_graph, to_transformers
 from distill.students.modelcard import model_card, read_card_file
@@ -60,9 +61,9 @@ def run_export(
 ) -> Path:
     """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
 
-    overwrite: replace what `out` holds. card: a TOML file of plain values instead of the student's own card.
-    encoder_weights: of a student that is stored without its frozen encoder; the export leaves it out too. Everything is
-    written to a temporary folder, read back and compared before it is put in place.
+    overwrite: replace what `out` holds. card: a TOML file of plain values instead of the student's own card; of local
+    paths in either only names stay. encoder_weights: of a student that is stored without its frozen encoder; the export
+    leaves it out too. Everything is written to a temporary folder, read back and compared before it is put in place.
     Raises ValueError if outputs differ by more than the precision explains, are not finite, or lose too much at the
     gate; `out` is then unchanged.
     """
@@ -75,7 +76,7 @@ def run_export(
     metadata = read_card_file(card) if card else checkpoint.read_card(folder)
     metadata = scored(folder, revision_of(folder)) | metadata
     metadata = {key: value for key, value in metadata.items() if key not in (ONNX, PROGRAM)}  # of an earlier export
-    metadata |= _graph_entries(student, options)
+    metadata = without_places(metadata) | _graph_entries(student, options)  # an export is what others are given
     if options.transformers == "native" or (options.transformers == "auto" and to_transformers.native(student)):
         if out.resolve() == folder.resolve() and not overwrite:
             raise ValueError(_replace_message(out, "--transformers native"))

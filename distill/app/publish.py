@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +26,11 @@ from distill.app.inputs import input_shards
 from distill.app.lineage import OPEN
 from distill.app.recipe import Recipe
 from distill.core import files, hub
+from distill.core.private import without_places
 from distill.core.progress import Report
+from distill.core.seal import sealed
 from distill.shards import shards
+from distill.shards.codec import dump_json
 from distill.shards.readme import labels_readme
 from distill.shards.tables import REGIONS
 from distill.students import checkpoint
@@ -61,24 +65,24 @@ def publish_labels(
         raise ValueError(f"{folder} has faults: {problems[0]}; run distill verify {folder} --repair")
     manifest = shards.read_manifest(folder)
     shared = images == "include" or (images == "auto" and may_share(manifest["licence"]["images"] or ""))
-    # The paths of photographs on this machine stay private.
-    public_recipe = {key: value for key, value in manifest.get("recipe", {}).items() if key not in ("images", "run")}
+    # The paths of photographs, weights and plug-ins on this machine stay private.
+    recipe = {key: value for key, value in manifest.get("recipe", {}).items() if key not in ("images", "run")}
+    public = without_places({**manifest, "recipe": recipe})
     num_listed = 0
     with _writing(out) as aside:
-        if shared:
+        if shared and public["teachers"] == manifest["teachers"]:
             for name in [shard["name"] for shard in manifest["shards"]]:
                 shutil.copyfile(folder / name, aside / name)
-                sidecar = Path(name).with_suffix(".json")
-                shutil.copyfile(folder / sidecar, aside / sidecar)
-            if (folder / shards.SETTINGS).is_file():
-                shutil.copyfile(folder / shards.SETTINGS, aside / shards.SETTINGS)
         else:
-            file_hashes = _file_hashes(sources) if sources else {}
-            manifest["shards"], lines = _without_images(folder, aside, manifest["shards"], file_hashes)
-            files.write_text(aside / REGIONS, "".join(f"{json.dumps(line)}\n" for line in lines))
-            num_listed = len(lines)
-        shards.write_manifest(aside, {**manifest, "recipe": public_recipe})
-        files.write_text(aside / "README.md", labels_card(manifest, name=out.name, shared=shared))
+            file_hashes = _file_hashes(sources) if sources and not shared else {}
+            public["shards"], lines = _rewritten(folder, aside, manifest["shards"], file_hashes, shared=shared)
+            if not shared:
+                files.write_text(aside / REGIONS, "".join(f"{json.dumps(line)}\n" for line in lines))
+                num_listed = len(lines)
+        if shared:
+            _write_tables(folder, aside, public["shards"])
+        shards.write_manifest(aside, public)
+        files.write_text(aside / "README.md", labels_card(public, name=out.name, shared=shared))
     return {
         "out": str(out),
         "samples": manifest["samples"],
@@ -87,10 +91,13 @@ def publish_labels(
     }
 
 
-def _without_images(
-    folder: Path, aside: Path, tars: list[dict[str, Any]], known: Mapping[str, str]
+def _rewritten(
+    folder: Path, aside: Path, tars: list[dict[str, Any]], known: Mapping[str, str], *, shared: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Copies the tars without their photographs; their manifest entries, and a line for each region."""
+    """Copies the tars without private paths, and unless `shared` without their photographs.
+
+    Returns their manifest entries, and a line for each region.
+    """
     entries, lines = [], []
     for tar in tars:
         with tarfile.open(folder / tar["name"]) as old, tarfile.open(aside / tar["name"], "w") as new:
@@ -100,15 +107,42 @@ def _without_images(
                 data = file.read() if file else b""
                 if member.name.endswith(".jpg"):
                     digest = hashlib.sha256(data).hexdigest()
-                    continue
+                    if not shared:
+                        continue
+                if member.name.endswith(".json"):
+                    record = json.loads(data)
+                    data = _public_record(record, data)
+                    lines.append(_line(member.name.removesuffix(".json"), tar["name"], record, digest, known))
                 info = tarfile.TarInfo(member.name)
                 info.size = len(data)
                 new.addfile(info, io.BytesIO(data))
-                if member.name.endswith(".json"):
-                    lines.append(_line(member.name.removesuffix(".json"), tar["name"], json.loads(data), digest, known))
         path = aside / tar["name"]
         entries.append({**tar, "sha256": files.file_sha256(path), "bytes": path.stat().st_size})
     return entries, lines
+
+
+def _public_record(record: Mapping[str, Any], data: bytes) -> bytes:
+    """A sample's json `data` without private paths, with its checksum."""
+    public = without_places({key: value for key, value in record.items() if key != "crc32"})
+    if all(record[key] == value for key, value in public.items()):
+        return data
+    return dump_json({**public, "crc32": zlib.crc32(dump_json(public))} if "crc32" in record else public)
+
+
+def _write_tables(folder: Path, aside: Path, tars: list[dict[str, Any]]) -> None:
+    """Copies the json beside each tar, and the settings, without private paths; where nothing changes, to the byte."""
+    names = {Path(tar["name"]).with_suffix(".json").name: tar for tar in tars}
+    for name in [*names, *([shards.SETTINGS] if (folder / shards.SETTINGS).is_file() else [])]:
+        table = shards.read_json(folder / name)
+        public = without_places(table)
+        if tar := names.get(name):
+            public["tar"] = {key: tar[key] for key in table["tar"]}
+            if public["tar"] != table["tar"]:
+                public["samples"] = shards.index_from_headers(aside / tar["name"])
+        if public == table:
+            shutil.copyfile(folder / name, aside / name)
+        else:
+            files.write_bytes(aside / name, dump_json(sealed(public)))
 
 
 def _line(key: str, tar: str, about: Mapping[str, Any], region: str, known: Mapping[str, str]) -> dict[str, Any]:
@@ -198,7 +232,7 @@ def _permission(allowed: Any) -> str:
 
 
 def publish_student(folder: Path, out: Path) -> dict[str, Any]:
-    """Writes the student in `folder`, unchanged, to `out` with a card that has its run's scores and costs.
+    """Writes the student in `folder` to `out` with a card that has its run's scores and costs, and no private path.
 
     Raises ValueError or OSError if `folder` holds no student, or if `out` holds other files.
     """
@@ -206,15 +240,22 @@ def publish_student(folder: Path, out: Path) -> dict[str, Any]:
     student = checkpoint.load(folder) if about["encoder_weights"] is None else None
     card = checkpoint.read_card(folder)
     card = card | scored(folder, revision_of(folder))
+    public = without_places(card)
     with _writing(out) as aside:
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 shutil.copyfile(path, aside / path.name)
+        if without_places(about["card"]) != about["card"]:
+            text = json.dumps(sealed({**about, "card": without_places(about["card"])}), indent=2, ensure_ascii=False)
+            files.write_text(aside / checkpoint.DESCRIPTION, text + "\n")
         if student is not None:
             bits = 4 if about["weights"]["dtype"] == "int4" else None
             num_bytes = (folder / checkpoint.WEIGHTS).stat().st_size
-            page = page_of(student, out.name, card, bits=bits, num_bytes=num_bytes)
+            page = page_of(student, out.name, public, bits=bits, num_bytes=num_bytes)
             files.write_text(aside / checkpoint.CARD, page.replace("THIS FOLDER", f"OWNER/{out.name}"))
+        elif (aside / checkpoint.CARD).is_file():
+            page = (aside / checkpoint.CARD).read_text(encoding="utf-8")
+            files.write_text(aside / checkpoint.CARD, without_places(page))
         if not (aside / checkpoint.CARD).is_file():
             raise ValueError(f"{folder}: has no card; give it one first: distill export {folder} OUT --card FILE.toml")
     return {"out": str(out), "commercial": card.get("commercial"), "scores": len(card.get("scores", []))}

@@ -148,3 +148,73 @@ def test_the_scores_of_the_run_replace_those_of_the_card_and_four_bits_are_expla
     assert publish.publish_student(tmp_path / "s", tmp_path / "out")["scores"] == 1
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| student | 0.11 |" in text and "0.22" not in text and "groups of 64" in text
+
+
+def texts(folder):
+    """Every byte of the files in a folder: plain tars hold their members as they are."""
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory):
+    """Labels of a teacher whose weights lie in a private folder."""
+    folder = tmp_path_factory.mktemp("private")
+    make_tar(folder / "sa_0.tar")
+    checkpoint.save(tiny("dpt").eval(), folder / "my weights" / "mine", card={"name": "mine"})
+    path = folder / "r.toml"
+    recipe = RECIPE.format(out=folder / "run", tars=folder / "sa_0.tar")
+    weights = f'name = "checkpoint"\nweights = "{folder}/my weights/mine"'
+    path.write_text(recipe.replace('name = "analytic"', weights))
+    assert main(["--quiet", "label", str(path)]) == 0
+    return folder, build.labels_folder(load(path))
+
+
+@pytest.mark.parametrize("images", ["include", "hashes"])
+def test_labels_name_weights_and_their_digest_but_no_folder(private, tmp_path, images):
+    folder, labels = private
+    assert str(folder).encode() in texts(labels)
+    publish.publish_labels(labels, tmp_path / "out", images=images)
+    assert str(folder).encode() not in texts(tmp_path / "out") and b"my weights" not in texts(tmp_path / "out")
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "| checkpoint | mine | affine_disparity |" in page and "| checkpoint | sha256:" in page
+    if images == "include":
+        assert verify(tmp_path / "out") == [] and len(LabelDataset(tmp_path / "out")) == 7
+        own, public = LabelDataset(labels)[0], LabelDataset(tmp_path / "out")[0]
+        assert public.record["labels"]["checkpoint"]["card"]["weights"] == "mine"
+        assert own.image.equal(public.image)
+        assert own.labels["checkpoint"].shared.values.equal(public.labels["checkpoint"].shared.values)
+
+
+def test_labels_without_a_private_path_are_copied_to_the_byte(labels, tmp_path):
+    folder, _ = labels
+    publish.publish_labels(folder, tmp_path / "out", images="include")
+    same = [path.name for path in folder.iterdir() if path.suffix == ".tar" or path.stem.startswith("sa_0")]
+    assert len(same) == 6
+    for name in [*same, "settings.json"]:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def private_card():
+    weights = {"weights": "/home/me/weights/a.pth", "revision": "sha256:0123456789abcdef"}
+    recipe = {"run": {"out": "/home/me/run"}, "images": [{"folder": "/home/me/my photos"}]}
+    return {"name": "mine", "teachers": {"t": weights}, "recipe": recipe, "lineage": {"start": weights}}
+
+
+@pytest.mark.parametrize("has_encoder", [True, False])
+def test_a_student_names_no_folder_of_this_machine(tmp_path, monkeypatch, has_encoder):
+    checkpoint.save(tiny("dpt").eval(), tmp_path / "s", card=private_card())
+    if not has_encoder:
+        about = checkpoint.describe(tmp_path / "s") | {"encoder_weights": {"name": "a", "sha256": "0"}}
+        monkeypatch.setattr(publish.checkpoint, "describe", lambda folder: about)
+    publish.publish_student(tmp_path / "s", tmp_path / "out")
+    assert b"/home/me" not in texts(tmp_path / "out") and check(tmp_path / "out") == []
+    monkeypatch.undo()
+    weights = checkpoint.read_card(tmp_path / "out")["teachers"]["t"]
+    assert weights == {"weights": "a.pth", "revision": "sha256:0123456789abcdef"}
+
+
+def test_an_export_names_no_folder_of_this_machine(tmp_path):
+    checkpoint.save(tiny("dpt").eval(), tmp_path / "s", card=private_card())
+    assert main(["export", str(tmp_path / "s"), str(tmp_path / "out")]) == 0
+    assert b"/home/me" not in texts(tmp_path / "out")
+    assert checkpoint.read_card(tmp_path / "out")["lineage"]["start"]["weights"] == "a.pth"
