@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from distill.app.image_survey import Images
@@ -13,6 +14,8 @@ from distill.data.photos import BadImageError
 
 TRIED = 5
 """Images of a source that are tried until one can be read."""
+FEW = 10
+"""Fewer held-out images than this choose the best checkpoint by chance; ours."""
 
 
 def sample_findings(recipe: Recipe, images: Images) -> Iterator[Finding]:
@@ -28,8 +31,25 @@ def sample_findings(recipe: Recipe, images: Images) -> Iterator[Finding]:
                 f"train.batch_size = {train.batch_size}, but {described} make at most {max_samples} training samples",
                 "lower train.batch_size, give more images, or raise crops.crops_per_image",
             )
+    yield from _few_held_out(recipe, images)
     if recipe.student.canonical_focal:
         yield from _without_camera(recipe)
+
+
+def _few_held_out(recipe: Recipe, images: Images) -> Iterator[Finding]:
+    """A finding if only a handful of images will select the checkpoint."""
+    fraction, count = recipe.train.val_fraction, images.count
+    held_out = max(1, round(fraction * count))  # at least one; how many more, hashes of their names decide
+    if not fraction or count < 2 or held_out >= FEW:
+        return
+    number = "only one image" if held_out == 1 else f"only about {held_out} images"
+    wanted = min(0.5, math.ceil(2 * FEW / count * 100) / 100)
+    yield Finding(
+        "warn",
+        f"train.val_fraction = {fraction:g} of {images.most} {counted(count, 'image')}: {number} will be held out, and "
+        "the checkpoint with the lowest loss on so few is chosen almost by chance",
+        f"set train.val_fraction = {wanted:g} or give more images; val_fraction = 0 keeps the last checkpoint",
+    )
 
 
 def _without_camera(recipe: Recipe) -> Iterator[Finding]:
