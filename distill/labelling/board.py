@@ -126,15 +126,25 @@ class Board:
 
 
 def fingerprint(shard: InputShard) -> list[Any]:
-    """What changes when a shard's images do, without a scan: a tar's size and time, or the names in a folder."""
+    """What changes when a shard's images do, without reading them: a tar's size and time, or the names in a folder
+    with the sizes and times of its files.
+    """
     if not shard.is_tar:
-        return [hash_keys([entry.key for entry in shard.scan().entries])]  # known without reading the disk
+        entries = shard.scan().entries  # known without reading the disk
+        paths = [entry.place[0] for entry in entries if entry.place is not None]
+        times = [f"{_size_and_time(path)}" for path in paths if isinstance(path, Path)]
+        return [hash_keys([entry.key for entry in entries]), *([hash_keys(times)] if times else [])]
     if is_url(shard.origin):
         return [shard.origin]
+    return _size_and_time(Path(shard.origin)) or [shard.origin, 0]
+
+
+def _size_and_time(path: Path) -> list[int]:
+    """A file's; empty where it cannot be asked."""
     try:
-        status = Path(shard.origin).stat()
+        status = path.stat()
     except OSError:
-        return [shard.origin, 0]
+        return []
     return [status.st_size, status.st_mtime_ns]
 
 

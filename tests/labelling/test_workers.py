@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distill.core import files
+from distill.data.sources import folders
 from distill.labelling import leases
 from distill.labelling.board import changed_since
 from distill.labelling.leases import NOTES, FolderLeases, LeaseLostError
@@ -26,6 +30,13 @@ from distill.labelling.run import LabelSettings, OpenPart, PartSettings, Tally, 
 from distill.labelling.run_status import run_status
 from distill.shards.shards import ShardWriter, verify
 from tests.labelling.formula import CROPS, LEASE, Formula, contents, run, work
+
+
+def png(shade):
+    """A photo of noise, of another size in bytes for another shade."""
+    pixels = np.random.default_rng(shade).integers(0, shade + 1, (48, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+    return file.getvalue()
 
 
 def no_flock(file, operation):
@@ -248,6 +259,26 @@ def test_workers_label_what_a_finished_folder_lacks_and_its_status_says_that_ima
     (tmp_path / "sa_1.tar").write_bytes((tmp_path / "sa_0.tar").read_bytes())
     with pytest.raises(ValueError, match="labelled from different images than"):
         work(tars, out)
+
+
+@pytest.mark.parametrize("same_size", [True, False])
+def test_a_photo_replaced_under_its_own_name_in_a_folder_is_not_passed(tmp_path, same_size):
+    for name in "abc":
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{name}.png").write_bytes(png(ord(name)))
+    out = tmp_path / "out"
+    work(folders(tmp_path / "photos"), out)
+    assert work(folders(tmp_path / "photos"), out, Formula(wait=99)).parts == 0
+    path = tmp_path / "photos" / "b.png"
+    os.utime(path)  # another time alone is none: a copy has one, too
+    assert changed_since(Folder(out), folders(tmp_path / "photos"))
+    assert work(folders(tmp_path / "photos"), out, Formula(wait=99)).parts == 0
+    assert changed_since(Folder(out), folders(tmp_path / "photos")) == []
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data) if same_size else png(7))
+    with pytest.raises(ValueError, match="labelled from different files with the same names"):
+        work(folders(tmp_path / "photos"), out)
 
 
 def test_a_worker_of_a_finished_folder_without_notes_scans_it_once(tars, tmp_path):
