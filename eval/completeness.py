@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import ModuleType
+from typing import TypeGuard
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from distill.core.wording import counted
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.benchmarks._files import Files, locate, packed_hint, rows_found, rows_of_list
 from distill.eval.benchmarks._layouts import FileLayout, Rows
+from distill.eval.benchmarks._units import unit_doubt
 from distill.eval.protocol import Protocol, list_hash
 from distill.eval.tasks import size_of
 
@@ -42,7 +44,10 @@ def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | 
     container_file = getattr(module, "container", lambda _: None)(root)  # the authors' own file, read in place
     if layout is None or container_file is not None:
         samples = list(module.samples(root, list_file))
-        return [_count(module.PROTOCOL, [sample.key for sample in samples], listed=list_file), *_decoded(samples)]
+        return [
+            _count(module.PROTOCOL, [sample.key for sample in samples], listed=list_file),
+            *_decoded(samples, module.PROTOCOL),
+        ]
     files = Files(locate(root, name, layout), tolerant=True)
     findings = [_root(files), *_unfinished(Path(root or ""), layout)]
     if list_file is not None:
@@ -60,7 +65,7 @@ def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | 
     damaged = _damaged(files, layout, complete)
     findings.append(damaged)
     if damaged.level == "ok" and complete:
-        findings += _decoded(_samples(module, files.root, list_file, [row[0] for row in complete]))
+        findings += _decoded(_samples(module, files.root, list_file, [row[0] for row in complete]), module.PROTOCOL)
     return findings
 
 
@@ -188,12 +193,12 @@ def _samples(
         return []
 
 
-def _decoded(samples: Sequence[BenchmarkSample]) -> list[Finding]:
+def _decoded(samples: Sequence[BenchmarkSample], protocol: Protocol) -> list[Finding]:
     """Decode the first, the middle and the last image in full."""
     if not samples:
         return []
     chosen = sorted({round(k * (len(samples) - 1) / (_NUM_DECODED - 1)) for k in range(_NUM_DECODED)})
-    sizes = []
+    sizes, medians = [], []
     for index in chosen:
         try:
             sample = samples[index]
@@ -209,12 +214,21 @@ def _decoded(samples: Sequence[BenchmarkSample]) -> list[Finding]:
             ]
         sizes.append(f"{height} x {width}" + (f", {valid.float().mean():.0%} valid" if valid is not None else ""))
         sizes[-1] += _range(truth)
-    return [Finding("ok", f"{len(chosen)} images and truths decoded: {'; '.join(dict.fromkeys(sizes))}")]
+        if _is_metric(truth):
+            medians.append(float(truth.values[truth.valid].median()))
+    found = [Finding("ok", f"{len(chosen)} images and truths decoded: {'; '.join(dict.fromkeys(sizes))}")]
+    if doubt := unit_doubt(medians, protocol):
+        found.append(Finding("warn", doubt, "compare a depth file with the published one, or fetch them again"))
+    return found
+
+
+def _is_metric(truth: object) -> TypeGuard[DepthMap]:
+    return isinstance(truth, DepthMap) and truth.kind is Kind.METRIC_DEPTH and bool(truth.valid.any())
 
 
 def _range(truth: object) -> str:
     """The nearest and the farthest metres of a truth, by which a wrong unit is seen; "" where there are none."""
-    if not isinstance(truth, DepthMap) or truth.kind is not Kind.METRIC_DEPTH or not truth.valid.any():
+    if not _is_metric(truth):
         return ""
     metres = truth.values[truth.valid]
     return f", {metres.min():.4g} to {metres.max():.4g} m"

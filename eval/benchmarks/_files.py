@@ -35,6 +35,7 @@ from distill.data import maps
 from distill.data.filetypes import is_litter
 from distill.data.photos import BadImageError, decode
 from distill.eval.benchmarks._layouts import FileLayout, Rows, read_list
+from distill.eval.benchmarks._units import check_unit
 from distill.eval.protocol import Protocol, list_hash
 
 _OPENERS: dict[str, Callable[..., IO[Any]]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
@@ -264,17 +265,6 @@ def ranged(depth: np.ndarray, protocol: Protocol, name: str) -> tuple[np.ndarray
     metres = depth.astype(np.float32, copy=False)
     check_unit(metres, metres > 0, protocol, name)
     return metres, (metres > protocol.min_depth) & (metres < protocol.max_depth)
-
-
-def check_unit(metres: np.ndarray, measured: np.ndarray, protocol: Protocol, name: str) -> None:
-    """Raise OSError if 19 of 20 measured pixels lie beyond the protocol's range: their unit is another."""
-    some = metres[measured] if protocol.max_depth < math.inf else metres[:0]
-    some = some[:: max(1, len(some) // 4096)]
-    if some.size and (far := float(np.quantile(some, 0.05))) > protocol.max_depth:
-        raise OSError(
-            f"{name}: 95 % of its depth is above {far:.4g} m, but {protocol.benchmark} ends at {protocol.max_depth:g} "
-            "m: it is stored in another unit than the published one"
-        )
 
 
 def as_truth(metres: np.ndarray, valid: np.ndarray) -> DepthMap:

@@ -14,8 +14,9 @@ import numpy as np
 from distill.core.depth import DepthMap
 from distill.eval.benchmarks import BenchmarkSample, Download
 from distill.eval.benchmarks._depth import depth_samples
-from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth, check_unit
+from distill.eval.benchmarks._files import MARIGOLD_HOST, Files, as_truth
 from distill.eval.benchmarks._layouts import FileLayout, ListRow
+from distill.eval.benchmarks._units import check_unit
 from distill.eval.protocol import Protocol
 
 PROTOCOL = Protocol(
