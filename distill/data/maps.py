@@ -10,7 +10,7 @@ A picture with identical channels is read as grey; one with an alpha channel in 
 are missing (GDAL's tag, mask or transparent grey, netCDF's _FillValue or valid_range) become NaN; numbers that it says
 mean others (scale, offset, unit) are refused, unless the caller applies just that scale.
 
-Shapes: H height, W width of the map as stored.
+Shapes: H height, W width of the map as a viewer shows it: the orientation tag of a PNG or TIFF is applied.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from distill.core import signatures
-from distill.data import damage, exrs, hdf5s, limits, mats, packing, rgba_floats, tiffs
+from distill.data import damage, exrs, hdf5s, limits, mats, orientation, packing, rgba_floats, tiffs
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5, .mat and COLMAP's .bin"
@@ -73,7 +73,7 @@ class BadMapError(OSError):
 
 
 def read_map(path: str | Path, quantity: str = "", *, scale: float | None = 1.0) -> np.ndarray:
-    """The (H,W) values of a file as stored, of any real dtype or packing.Gapped; BadMapError says why it is no map.
+    """The upright (H,W) values of a file, of any real dtype or packing.Gapped; BadMapError says why it is no map.
 
     quantity: "depth" or "disparity", the one to take from a file that holds both; a file that only holds disparity by
     its arrays' names is not read as depth. "": either, depth first. scale: by which the caller multiplies the values
@@ -111,7 +111,7 @@ def decode_map(data: bytes, name: str = "", quantity: str = "", *, scale: float 
     for magic, kind, reader in _READERS:
         if data.startswith(magic):
             try:
-                decoded = _png(data, name) if kind == "png" else reader(data)
+                decoded = orientation.upright(_png(data, name) if kind == "png" else reader(data), data)
                 return _plane(_choose_map(decoded, quantity) if isinstance(decoded, dict) else decoded, scale)
             except BadMapError:
                 raise

@@ -18,8 +18,9 @@ any map that distill.data.maps reads.
   Values that are not finite, not positive, or from 9.9e9 on (a renderer's background) are always invalid.
 - focal: the camera's focal length in pixels of the photograph as it is stored; empty where unknown.
 
-A depth map is resized to its photograph's size by nearest neighbour. Another aspect ratio is an error, unless it
-matches the photograph without its EXIF rotation: then the map is rotated with it.
+A depth map is rotated as its own orientation tag says (PNG, TIFF) and resized to its photograph's size by nearest
+neighbour. Another aspect ratio is an error, unless it matches the photograph without its EXIF rotation: then the map is
+rotated with it; or without the map's own tag: then that tag was copied to an upright map, and is passed over.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ from distill.core.depth import DepthMap, Kind
 from distill.core.files import decoded
 from distill.core.home import home_expanded
 from distill.data import cells, maps
-from distill.data.photos import BadImageError, decode, turn, upright_size
+from distill.data.orientation import of_map, turn, turn_back
+from distill.data.photos import BadImageError, decode, upright_size
 
 _BACKGROUND = 9.9e9
 """Values from here on are a renderer's background: Blender writes 1e10, others the largest float."""
@@ -153,6 +155,9 @@ class Pair:
             raise OSError(f"{self.rgb_path}: not a readable image ({error}); fix the file or remove its row") from error
         if _fits(raw.shape, (height, width)):
             return raw, (height, width)
+        own = of_map(self.depth_path.read_bytes()) if _fits(raw.shape, (width, height)) else 1
+        if own >= 5:  # copied from the photograph to a map that was upright already
+            return np.ascontiguousarray(turn_back(raw, own)), (height, width)
         if orientation >= 5 and _fits(raw.shape, (width, height)):
             return np.ascontiguousarray(turn(raw, orientation)), (height, width)
         raise ValueError(

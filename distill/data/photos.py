@@ -15,9 +15,7 @@ import io
 import os
 import re
 import stat
-import struct
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +38,8 @@ from distill.data import cicp, colour, damage, filetypes, hdr, tiffs
 from distill.data.limits import LIMIT as LIMIT
 from distill.data.limits import MAX_PIXELS as MAX_PIXELS
 from distill.data.limits import max_pixels as max_pixels
+from distill.data.orientation import DECODE_ERRORS as DECODE_ERRORS
+from distill.data.orientation import TAG, orientation_of, png_may_be_turned, turn
 
 # Broken metadata in good photographs is common, and Pillow would warn of each. The filter is set globally, because a
 # filter around each photograph is not thread-safe.
@@ -50,14 +50,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 _PILLOW_LIMIT = 89_478_485  # Pillow's own limit for decompression bombs
 _PAGES = 16
 MAX_BYTES = 512 * 2**20
-# Exceptions of Pillow on broken files, found by flipping and cutting bytes; they have no common base class.
-DECODE_ERRORS = (
-    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError),
-    *(AttributeError, NotImplementedError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
-)
-_ORIENTATION = 0x0112
-_PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
-"""Chunk names and keywords, one of which every PNG with an orientation has, before or behind its pixels."""
 _COMPRESSION, _PHOTOMETRIC, _STRIPS, _STRIP_BYTES = 259, 262, 273, 279  # of a TIFF
 
 
@@ -166,7 +158,7 @@ def decode(data: bytes) -> Tensor:
             return torch.from_numpy(_by_opencv(image, data)).permute(2, 0, 1)
         tone_mapped = cicp.decode_hdr(data, str(image.format)) if image.format in ("PNG", "AVIF") else None
         if tone_mapped is not None and tone_mapped.shape[:2] == (image.height, image.width):
-            return torch.from_numpy(np.ascontiguousarray(turn(tone_mapped, _orientation(image)))).permute(2, 0, 1)
+            return torch.from_numpy(np.ascontiguousarray(turn(tone_mapped, orientation_of(image)))).permute(2, 0, 1)
         image.load()
         if image.format == "JPEG" and damage.ends_early(data, image):
             raise BadImageError("truncated: its pixels end before its last row or scan: download or copy it again")
@@ -174,7 +166,7 @@ def decode(data: bytes) -> Tensor:
             array = colour.srgb(image, **deep, icc=profile)
         except colour.UnusablePixelsError as error:
             raise BadImageError(str(error)) from error
-        turned = turn(array, _orientation(image))
+        turned = turn(array, orientation_of(image))
     return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
 
 
@@ -189,19 +181,18 @@ def decode_opened(image: Image.Image) -> Tensor:
         raise BadImageError(str(error)) from error
     except DECODE_ERRORS as error:
         raise BadImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
-    return torch.from_numpy(np.ascontiguousarray(turn(array, _orientation(image)))).permute(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(turn(array, orientation_of(image)))).permute(2, 0, 1)
 
 
 def upright_size(data: bytes) -> tuple[int, int, int]:
     """(H, W, EXIF orientation 1 to 8) of the photo that `decode` returns, from the header where possible."""
     with _opened(data) as (image, _, _):
         if image.format == "TIFF":
-            orientation_tag = int(image.tag_v2.get(_ORIENTATION, 1))  # type: ignore[attr-defined]
+            orientation_tag = int(image.tag_v2.get(TAG, 1))  # type: ignore[attr-defined]
             image.load()  # Pillow rotates TIFFs here
             return image.height, image.width, orientation_tag if 1 <= orientation_tag <= 8 else 1
         # Pillow decodes a whole PNG to look for EXIF behind the pixels: skipped where the file cannot contain any.
-        has_no_orientation = image.format == "PNG" and not any(word in data for word in _PNG_EXIF_MARKS)
-        orientation = 1 if has_no_orientation else _orientation(image)
+        orientation = 1 if image.format == "PNG" and not png_may_be_turned(data) else orientation_of(image)
         sides = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
         return *sides, orientation
 
@@ -389,21 +380,3 @@ def _by_opencv(image: TiffImageFile, data: bytes) -> np.ndarray:
     if bgr is None:
         raise BadImageError("cannot be decoded: its YCbCr pixels are damaged")
     return np.ascontiguousarray(bgr[:, :, ::-1])
-
-
-def _orientation(image: Image.Image) -> int:
-    # Broken EXIF is common in good photographs. Call after load(): Pillow rotates TIFFs itself and then drops the tag.
-    try:
-        orientation = int(image.getexif().get(_ORIENTATION, 1))
-    except DECODE_ERRORS:
-        return 1
-    return orientation if 1 <= orientation <= 8 else 1
-
-
-def turn(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply the EXIF orientation 1 to 8 to an array (H,W,...) as stored; returns a view."""
-    if orientation >= 5:
-        array = array.swapaxes(0, 1)
-    down = -1 if orientation in (3, 4, 7, 8) else 1
-    across = -1 if orientation in (2, 3, 6, 7) else 1
-    return array[::down, ::across]

@@ -1,0 +1,79 @@
+"""A map whose file has an orientation tag meets its photograph as a viewer shows both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from distill.data import maps, orientation
+from distill.data.maps import read_map
+from distill.data.packing import Packed
+from distill.data.pairs import read_pairs
+
+STORED = (np.arange(1, 41) + 100 * np.arange(30)[:, None]).astype(np.uint16)
+
+
+def exif(tag):
+    table = Image.Exif()
+    table[0x0112] = tag
+    return table
+
+
+def write(path, values, tag):
+    options = {"tiffinfo": {0x0112: tag}} if path.suffix == ".tif" else {"exif": exif(tag)}
+    Image.fromarray(values).save(path, **options)
+
+
+def pair(folder, name, *, photo_tag, map_tag, values=STORED):
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(folder / "a.jpg", exif=exif(photo_tag))
+    write(folder / name, values, map_tag)
+    (folder / "INDEX.tsv").write_text(f"name\trgb\tdepth\tscale_to_metres\nx\ta.jpg\t{name}\t1\n")
+    [one] = read_pairs(folder)
+    assert one.rgb().shape[1:] == one.truth().values.shape[1:]
+    return one.truth().values[0].numpy()
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("name", ["d.png", "d.tif"])
+def test_a_map_is_read_as_a_viewer_shows_it(tmp_path, name, tag):
+    upright = orientation.turn(STORED, tag)
+    write(tmp_path / name, STORED, tag)
+    assert np.array_equal(read_map(tmp_path / name), upright)
+    assert np.array_equal(pair(tmp_path, name, photo_tag=tag, map_tag=tag), upright)
+    assert np.array_equal(orientation.turn_back(upright, tag), STORED)
+
+
+@pytest.mark.parametrize("tag", [5, 6, 7, 8])
+@pytest.mark.parametrize("name", ["d.png", "d.tif"])
+def test_a_tag_that_was_copied_to_an_upright_map_is_passed_over(tmp_path, name, tag):
+    upright = np.ascontiguousarray(orientation.turn(STORED, tag))
+    assert np.array_equal(pair(tmp_path, name, photo_tag=tag, map_tag=tag, values=upright), upright)
+
+
+def test_a_map_without_a_tag_is_turned_with_its_photograph(tmp_path):
+    assert np.array_equal(pair(tmp_path, "d.png", photo_tag=6, map_tag=1), orientation.turn(STORED, 6))
+
+
+def test_of_several_pages_the_largest_has_the_tag(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(STORED[:3, :4], extratags=[(274, 3, 1, 8, True)])
+        file.write(STORED, extratags=[(274, 3, 1, 6, True)])
+    assert np.array_equal(read_map(tmp_path / "a.tif"), orientation.turn(STORED, 6))
+
+
+def test_what_a_map_declares_survives_its_turn(tmp_path, monkeypatch):
+    packed = STORED.view(Packed)
+    packed.factor, packed.offset, packed.unit = 0.001, 0.0, "mm"
+    write(tmp_path / "a.png", STORED, 3)
+    turned = orientation.upright(packed, (tmp_path / "a.png").read_bytes())
+    assert isinstance(turned, Packed) and turned.factor == 0.001 and np.array_equal(turned, STORED[::-1, ::-1])
+
+
+@pytest.mark.parametrize("tag", [0, 9, "x"])
+def test_a_tag_that_means_nothing_turns_nothing(tmp_path, tag):
+    assert orientation._valid(tag if isinstance(tag, int) else b"x") == 1
+    if isinstance(tag, int):
+        write(tmp_path / "a.png", STORED, tag)
+        assert np.array_equal(maps.read_map(tmp_path / "a.png"), STORED)
