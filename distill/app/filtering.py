@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distill.core import files
 from distill.core.progress import Report
+from distill.data.patience import patiently
 from distill.data.photos import BadImageError
 from distill.data.quality import SCORES, depth_scores, image_scores
 from distill.training.loading import end_with_parent, explain_dead_workers
@@ -143,7 +145,7 @@ def score_line(source: Source, number: int, *, with_image: bool) -> str:
     """One sample's line: its name and its scores, or the error that it raised."""
     line: dict[str, Any] = {"name": source.names[number]}
     try:
-        sample = source.load(number)
+        sample = patiently(partial(source.load, number))
         scores = depth_scores(sample.depth, sample.valid)
         if with_image:
             scores |= image_scores(sample.image, sample.depth, sample.valid, larger_is_nearer=sample.nearer)

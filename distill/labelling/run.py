@@ -23,6 +23,7 @@ import torch
 from distill.core.crop_settings import CropSettings
 from distill.core.plugins import file_hashes
 from distill.core.progress import Report
+from distill.data.patience import patiently
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import CPU, annotate, label_photo
 from distill.labelling.jobs import TRUTH, CropJob, Teachers, asked_about, prepare
@@ -227,7 +228,7 @@ class PartSettings:
     def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
         """An entry's regions, or the reason why there are none."""
         try:
-            photo = entry.load()
+            photo = patiently(entry.load)
             return [
                 prepare(photo, crops=self.crops, seed=self.seed, draw=draw, sky=self.labels.sky, teachers=self.asked)
                 for draw in range(self.crops.crops_per_image)

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import nn
 
 from distill.core import machine
 from distill.training import checkpoints
 from distill.training.averages import Averages
+from distill.training.loading import PATIENCE
 from distill.training.schedule import make_optimizer
 from distill.training.settings import TrainSettings
 from distill.training.state import Processes, TrainingRun, make_ready
 from distill.training.trainlog import ScaleAlarm
+
+OWN = {"workers", "keep_last", "trackers", "alarm_growth", "compile", "channels_last", "gradient_checkpointing"}
+"""Settings that a process may have alone: what it reads with and computes its gradients with, which are then averaged,
+and what only the main process writes. Not `fused`: every process applies the updates to its own weights."""
 
 
 def accelerator_of(
@@ -49,7 +61,10 @@ def accelerator_of(
         gradient_accumulation_steps=1,
         log_with=list(settings.trackers) or None,
         project_dir=out / "tensorboard",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idle)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=idle),
+            InitProcessGroupKwargs(timeout=exchange_timeout(settings)),
+        ],
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(
@@ -59,6 +74,14 @@ def accelerator_of(
     if requested is not None and requested.index is not None and accelerator.distributed_type == DistributedType.NO:
         _set_device(requested)
     return accelerator
+
+
+def exchange_timeout(settings: TrainSettings) -> timedelta:
+    """How long processes wait for each other: longer than one of them may lawfully wait for a step's micro-batches.
+
+    The default, ten minutes, would end a run of which one process still waits for its labels (loading.PATIENCE).
+    """
+    return timedelta(seconds=PATIENCE * (settings.accumulate + 1))
 
 
 def _set_device(device: torch.device) -> None:
@@ -109,11 +132,12 @@ def new_run(student: nn.Module, accelerator: Accelerator, settings: TrainSetting
 def check_alike(processes: Processes, settings: TrainSettings, facts: Mapping[str, Any]) -> None:
     """Raises ValueError in all processes where one has other settings or facts (labels, recipe) than the main one.
 
-    Machines with copies of their own of a recipe or of labels would train different students in one run.
+    Machines with copies of their own of a recipe or of labels would train different students in one run. Settings that
+    only matter to a process's own machine (OWN) may differ.
     """
     own = {**settings.as_dict(), **facts}
     mains = processes.share(own)
-    differing = [name for name in sorted({*own, *mains} - {"workers"}) if own.get(name) != mains.get(name)]
+    differing = [name for name in sorted({*own, *mains} - OWN) if own.get(name) != mains.get(name)]
     found = [f"process {processes.index}: {name} = {own.get(name)!r}, not {mains.get(name)!r}" for name in differing]
     if found := processes.gather(found):
         raise ValueError(f"all processes of a run need the same recipe and labels: {'; '.join(found[:8])}")

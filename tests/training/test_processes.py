@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from distill.app import ablate
 from distill.core import machine
 from distill.core.crops import generator
 from distill.core.seal import sealed
-from distill.training import checkpoints, parallel, state, step
+from distill.training import checkpoints, loading, parallel, state, step
 from distill.training import train as train_module
 from distill.training.batches import MicroBatch, TaughtRows
 from distill.training.heldout import HeldOutSamples, evaluate
@@ -75,6 +76,31 @@ def test_processes_with_other_settings_or_labels_are_refused_in_all():
     assert [str(error) for error in errors] == [wanted + "process 2: data = 'b', not 'a'"] * 3
     assert together(1, lambda processes: parallel.check_alike(processes, *given[0])) == [None]
     assert parallel.check_alike(some_run(Path("none")).processes, *given[1]) is None
+
+
+def test_processes_may_differ_in_what_is_their_own_and_in_nothing_else():
+    own = {"workers": 3, "keep_last": 5, "trackers": ("tensorboard",), "alarm_growth": 3.0, "compile": True}
+    own |= {"channels_last": True, "gradient_checkpointing": True}
+    given = [settings(), settings(**own)]
+    assert together(2, lambda processes: parallel.check_alike(processes, given[processes.index], {})) == [None] * 2
+    assert {*own} == parallel.OWN
+    # The order of steps, evaluations and exchanges, and what each process does to its own copy of the weights.
+    for name, value in {"log_every": 2, "eval_batch_size": 4, "save_every": 5, "fused": True, "accumulate": 2}.items():
+        given = [settings(), settings(**{name: value})]
+        (error, _) = together(2, lambda processes, g=given: parallel.check_alike(processes, g[processes.index], {}))
+        assert f"process 1: {name} = {value}" in str(error)
+
+
+def test_processes_wait_longer_for_each_other_than_for_a_step_of_micro_batches(monkeypatch):
+    seen = []
+    monkeypatch.setattr(parallel, "Accelerator", lambda **given: seen.append(given) or some_accelerator())
+    parallel.accelerator_of(torch.nn.Identity(), settings(accumulate=4), Path("out"), device=None)
+    [timeout] = [h.timeout for h in seen[0]["kwargs_handlers"] if isinstance(h, InitProcessGroupKwargs)]
+    assert timeout.total_seconds() > 4 * loading.PATIENCE
+
+
+def some_accelerator():
+    return SimpleNamespace(distributed_type=DistributedType.NO)
 
 
 def test_a_run_begins_with_what_must_be_alike(monkeypatch):
