@@ -129,3 +129,17 @@ def test_the_benchmark_of_a_step_has_a_bare_loop_beside_it(monkeypatch):
     steps = bench.bare(bench.Regions(4, 16), settings(batch_size=2), True, torch.device("cpu"))
     for _ in range(3):
         next(steps)
+
+
+def test_nothing_depends_on_memory_that_was_not_written(tmp_path):
+    """So that a deterministic run need not fill it: with NaN in it, as torch can fill it, the bits are the same."""
+    real_run(tmp_path / "deterministic", steps=2, deterministic=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        real_run(tmp_path / "filled", steps=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ours, filled = newest(tmp_path / "deterministic"), newest(tmp_path / "filled")
+    assert ours.keys() == filled.keys() and all(value.equal(filled[name]) for name, value in ours.items())

@@ -242,8 +242,10 @@ def test_operations_are_the_same_to_the_bit_only_where_that_is_asked(monkeypatch
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     with parallel.reproducible(wanted):
         assert torch.are_deterministic_algorithms_enabled() is wanted is not torch.backends.cudnn.benchmark
+        assert torch.utils.deterministic.fill_uninitialized_memory is not wanted
         assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is wanted
     assert torch.backends.cudnn.benchmark and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def test_a_resumed_run_draws_later_points_again_and_keeps_those_before():
