@@ -77,12 +77,16 @@ _FIELDS = re.compile(
     r"\.(depth|disp|disparity|masks?|seg|segmentation|semantic|instances?|normals?|flow|pred\w*)\.\w+$",
     re.IGNORECASE,
 )
+_TARTANAIR_FIELDS = re.compile(r"^\d{6}(?:_[lr]cam_\w+|_\d{6})(_(?:depth|seg|flow|mask)\.png)$")
+"""TartanAir V2's: 000000_lcam_front_depth.png holds the bytes of floats in the place of colours."""
 
 
 def field_suffix(name: str) -> str:
     """The ending, such as `.depth.png`, of a file that is another field of a sample than its photo; else ""."""
-    match = _FIELDS.search(PurePosixPath(name).name)
-    return match[0].lower() if match else ""
+    file = PurePosixPath(name).name
+    if match := _FIELDS.search(file):
+        return match[0].lower()
+    return match[1] if (match := _TARTANAIR_FIELDS.match(file)) else ""
 
 
 def skip_category(name: str) -> str:

@@ -221,3 +221,14 @@ def test_sky_that_a_teacher_left_out_is_known_and_what_it_does_not_know_sets_no_
     assert (far.values[sky] == 5.0).all() and far.valid[sky].all() and not far.valid[:, 0].any()
     zero = apply_sky(DepthMap(values, valid, Kind.AFFINE_DISPARITY), sky, "zero")
     assert (zero.values[sky] == 0.0).all() and zero.valid[sky].all() and not zero.valid[:, 0].any()
+
+
+def test_a_map_without_sky_is_not_sorted_and_stays_as_it_is(monkeypatch):
+    values = torch.rand(2, 8, 9)
+    sky = torch.zeros(2, 8, 9, dtype=torch.bool)
+    sky[1, :2] = True
+    sorted_maps = []
+    monkeypatch.setattr(_sky, "quantile", lambda v, *more: sorted_maps.append(v) or torch.tensor(7.0))
+    after = _sky.apply_sky(DepthMap(values, torch.ones_like(sky), Kind.SCALE_DEPTH), sky, "far")
+    assert len(sorted_maps) == 1 and sorted_maps[0].equal(values[1])
+    assert after.values[0].equal(values[0]) and (after.values[1][sky[1]] == 7).all()
