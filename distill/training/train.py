@@ -237,8 +237,14 @@ def _is_over(run: TrainingRun) -> bool:
 
 
 def _obey(run: TrainingRun, tell: Callable[[str], object] | None) -> None:
-    """Ends a run that was told to stop before its end, once the main process has written the checkpoint."""
-    if not _is_over(run):
+    """Ends a run that was told to stop before its end, once the main process has written the checkpoint.
+
+    Told in the last step, when it was too late to tell the others: all end, who would wait for that process otherwise.
+    """
+    if _is_over(run):
+        if run.processes.count > 1 and any(run.processes.gather([run.told_to_stop()])):
+            raise Stopped
+    else:
         run.processes.wait()
         if tell and run.processes.main:
             tell(f"a checkpoint of step {run.step} is written")

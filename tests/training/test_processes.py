@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,13 +224,29 @@ def test_a_process_that_is_told_to_stop_waits_for_the_main_ones_checkpoint():
     for step_, waits in ((7, [1]), (20, [])):
         waited: list[int] = []
         own = SimpleNamespace(step=step_, settings=settings(), evaluations_since_best=0)
-        own.processes = SimpleNamespace(main=False, wait=lambda kept=waited: kept.append(1))
+        own.processes = SimpleNamespace(main=False, count=1, wait=lambda kept=waited: kept.append(1))
         with pytest.raises(Stopped) if waits else nullcontext():
             train_module._obey(own, print)
         assert waited == waits
 
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1. This is ..."
+
+
+def test_one_process_that_is_told_in_the_last_step_ends_all():
+    def end(told):
+        def one(processes):
+            over = SimpleNamespace(step=20, settings=settings(), processes=processes, evaluations_since_best=0)
+            over.told_to_stop = lambda: processes.index == told
+            with suppress(Stopped):
+                train_module._obey(over, None)
+                going_on.append(processes.index)
+
+        going_on: list[int] = []
+        assert together(2, one) == [None] * 2
+        return sorted(going_on)
+
+    assert end(1) == [] and end(-1) == [0, 1]
 
 
 @pytest.mark.parametrize(
