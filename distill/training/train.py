@@ -237,18 +237,14 @@ def _is_over(run: TrainingRun) -> bool:
 
 
 def _obey(run: TrainingRun, tell: Callable[[str], object] | None) -> None:
-    """Ends a run that was told to stop before its end, once the main process has written the checkpoint.
-
-    Told in the last step, when it was too late to tell the others: all end, who would wait for that process otherwise.
-    """
-    if _is_over(run):
-        if run.processes.count > 1 and any(run.processes.gather([run.told_to_stop()])):
-            raise Stopped
-    else:
+    """Ends a run that was told to stop, in its last step too, where others would wait for a process that was told."""
+    if not _is_over(run):
         run.processes.wait()
         if tell and run.processes.main:
             tell(f"a checkpoint of step {run.step} is written")
-        raise Stopped
+    elif run.processes.count == 1 or not any(run.processes.gather([run.told_to_stop()])):
+        return
+    raise Stopped
 
 
 def _write(run: TrainingRun, line: Mapping[str, Any]) -> None:
