@@ -96,20 +96,24 @@ class Kernel:
 @contextmanager
 def pretended_card() -> Iterator[None]:
     """Inside, the CPU's losses and labels go the way of a card's."""
-    from distill.core import codes, codes_kernel
+    from distill.core import codes, codes_kernel, launch
     from distill.losses import fused
-    from distill.losses.kernels import boxes, contexts, gradient, launch, select, small
+    from distill.losses.kernels import boxes, contexts, gradient, select, small
 
-    for module in (boxes, contexts, gradient, select):
-        module._kernels.cache_clear()
+    def forget() -> None:
+        for module in (boxes, contexts, gradient, select):
+            for name in ("_kernels", "_plan"):
+                if hasattr(module, name):
+                    getattr(module, name).cache_clear()
+
+    forget()
     make = launch.Launcher.__init__
     with mock.patch.multiple(
         fused, has_kernels=lambda values: values.dtype == torch.float32, _trusted=lambda *given: True
     ), mock.patch.object(launch.Launcher, "__init__", lambda self, kernel, how: make(self, Kernel(kernel), how)), \
-        mock.patch.object(launch, "_stream_of", lambda device: 0), \
+        mock.patch.object(launch, "_stream_of", lambda: lambda device: 0), \
         mock.patch.object(small, "_small", Kernel(small._small)), \
         mock.patch.object(codes_kernel, "_decode", Kernel(codes_kernel._decode)), \
         mock.patch.object(codes, "decode_values", codes_kernel.decode_values):  # fmt: skip
         yield
-    for module in (boxes, contexts, gradient, select):
-        module._kernels.cache_clear()
+    forget()

@@ -50,7 +50,12 @@ OWNERS = {
     "obstore": ["distill.labelling.objects"],
     "ray": ["distill.app.cluster"],
     "tomli_w": ["distill.app.recipe", "distill.app.explain"],
-    "triton": ["distill.core.codes_kernel", "distill.losses.kernels.", "distill.data.scenes.gpu."],
+    "triton": [
+        "distill.core.codes_kernel",
+        "distill.core.launch",
+        "distill.losses.kernels.",
+        "distill.data.scenes.gpu.",
+    ],
     "numba": ["distill.data.scenes.fused.compiled"],
     "argparse": ["distill.app.cli", "distill.app.contracts", "distill.app.handbook", "distill.app.verbs."],
 }

@@ -7,6 +7,8 @@ computes the losses.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -48,11 +50,12 @@ def context_loss(
     """
     if not (has_kernels(pred) and pred.numel() and max(levels) <= FINEST):
         return None
-    how = {"levels": levels, "trim_top": trim_top, "label_only": label_only}
-    name = ("contexts", levels, trim_top, label_only, weight is None)
-    if not _trusted(name, pred.device, lambda device: _try_contexts(device, weight is not None, how)):
+    how = (levels, trim_top, label_only)
+    if not _trusted(
+        ("contexts", *how, weight is None), pred.device, lambda device: _try_contexts(device, weight is not None, how)
+    ):
         return None
-    losses, live, dead, statistics = _contexts(pred, target, valid, weight, **how)
+    losses, live, dead, statistics = _contexts(pred, target, valid, weight, *how)
     return losses, live, dead, statistics if levels[0] == 1 and not label_only else None
 
 
@@ -153,12 +156,12 @@ def _differentiated(pred: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Ten
         return losses.detach(), torch.autograd.grad(losses.sum(), pred)[0]
 
 
-def _try_contexts(device: torch.device, weighted: bool, how: dict[str, Any]) -> Pairs:
+def _try_contexts(device: torch.device, weighted: bool, how: tuple[tuple[int, ...], float, bool]) -> Pairs:
     pred, target, valid, drawn = _example(device)
     weight = drawn if weighted else None
-    ours = _differentiated(pred, lambda x: _contexts(x, target, valid, weight, **how)[0])
+    ours = _differentiated(pred, lambda x: _contexts(x, target, valid, weight, *how)[0])
     rows = (pred.flatten(1), target.flatten(1), valid.flatten(1), None if weight is None else weight.flatten(1))
-    losses, gradient, _ = batch_loss(*rows, **how, want_gradient=True)
+    losses, gradient, _ = batch_loss(*rows, levels=how[0], trim_top=how[1], label_only=how[2], want_gradient=True)
     assert gradient is not None
     yield from zip(ours, (losses, gradient.reshape(pred.shape)), strict=True)
 
@@ -195,39 +198,64 @@ def _bytes(valid: Tensor) -> Tensor:
     return valid.contiguous().view(torch.uint8)
 
 
-def _contexts(
-    pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None, **how: Any
-) -> tuple[Tensor, Tensor, Tensor, Any]:
-    from distill.losses.kernels import contexts
+def _constant(values: Tensor) -> Tensor:
+    return (values.detach() if values.requires_grad else values).float().contiguous()
 
+
+@functools.cache
+def _kernels(name: str) -> Any:
+    """A module of `distill.losses.kernels`, which needs Triton; an import statement looks it up at each call."""
+    return importlib.import_module(f"distill.losses.kernels.{name}")
+
+
+def _check_devices(pred: Tensor, *others: Tensor | None) -> None:
+    """ValueError for maps of several devices, which a kernel would read at an address of another memory."""
+    device = pred.device
+    for each in others:
+        if each is not None and each.device != device:
+            raise ValueError(f"all maps must be on one device, not on {device} and {each.device}")
+
+
+def _contexts(
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    levels: tuple[int, ...],
+    trim_top: float,
+    label_only: bool,
+) -> tuple[Tensor, Tensor, Tensor, Any]:
+    _check_devices(pred, target, valid, weight)
     with torch.cuda.device_of(pred):
-        label = target.detach().float().contiguous()
-        weights = None if weight is None else weight.detach().float().contiguous()
-        rows = (pred.contiguous(), label, _bytes(valid), weights)
-        return contexts.context_loss(*rows, **how, flat=FLAT, floor=FLOOR, min_pixels=MIN_PIXELS)
+        rows = (
+            pred.contiguous(), _constant(target), _bytes(valid), None if weight is None else _constant(weight)
+        )  # fmt: skip
+        found: tuple[Tensor, Tensor, Tensor, Any] = _kernels("contexts").context_loss(
+            *rows, levels, trim_top=trim_top, label_only=label_only, flat=FLAT, floor=FLOOR, min_pixels=MIN_PIXELS
+        )
+        return found
 
 
 def _gradient(pred: Tensor, target: Tensor, valid: Tensor, scales: int, normalize: bool, whole_image: Any) -> Tensor:
-    from distill.losses.kernels import gradient
-
+    _check_devices(pred, target, valid, None if whole_image is None else whole_image.statistics)
     with torch.cuda.device_of(pred):
-        label = target.detach().float().contiguous()
-        return gradient.gradient_loss(
-            pred.contiguous(), label, _bytes(valid),
+        losses: Tensor = _kernels("gradient").gradient_loss(
+            pred.contiguous(), _constant(target), _bytes(valid),
             scales=scales, normalize=normalize, flat=FLAT, floor=FLOOR, found=whole_image,
         )  # fmt: skip
+        return losses
 
 
 def _boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    from distill.losses.kernels import boxes as kernels
-
     with torch.cuda.device_of(maps):
-        return kernels.sample_boxes(maps.contiguous(), boxes.detach().to(maps).contiguous(), size)
+        places = (boxes.detach() if boxes.requires_grad else boxes).to(maps).contiguous()
+        found: tuple[Tensor, Tensor] = _kernels("boxes").sample_boxes(maps.contiguous(), places, size)
+        return found
 
 
 def _deviation(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    from distill.losses.kernels import select, small
-
+    _check_devices(values, valid)
+    select, small = _kernels("select"), _kernels("small")
     with torch.no_grad(), torch.cuda.device_of(values):
         if values[0].numel() <= small.LARGEST:
             median, deviation = small.small_mean_deviation(values.detach(), valid.view(torch.uint8))

@@ -38,7 +38,8 @@ def agree(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None, le
         x, rows[1], valid.flatten(1).view(torch.uint8), rows[3], levels, **how, **CHOICES
     )
     upstream = torch.linspace(-1.0, 2.0, len(pred))
-    ours = torch.autograd.grad((losses * upstream).sum(), x)[0]
+    ours = torch.autograd.grad((losses * upstream).sum(), x, retain_graph=True)[0]
+    same_upstream(losses, x)
     expected, slopes, alive = batch_loss(*rows, levels=levels, **how, want_gradient=True)
     assert live.dtype == alive.dtype and live.tolist() == alive.tolist()
     assert dead.tolist() == (sum(levels) - alive).tolist()
@@ -47,6 +48,13 @@ def agree(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None, le
         torch.testing.assert_close(
             our_slope, their_slope * factor, rtol=2e-5, atol=2e-6 * float(their_slope.abs().max()) + 1e-9
         )
+
+
+def same_upstream(losses: Tensor, x: Tensor) -> None:
+    """Checks that one number for all images, as of a sum, gives the gradient of that number for each."""
+    one = torch.tensor([5.0, 0.7])[1]
+    both = [torch.autograd.grad(losses, x, g, retain_graph=True)[0] for g in (one.expand(len(x)), one.repeat(len(x)))]
+    assert torch.equal(both[0].view(torch.int32), both[1].view(torch.int32))
 
 
 def edge_cases() -> tuple[Tensor, Tensor, Tensor]:
@@ -154,10 +162,10 @@ def check_bins_of_any_width() -> None:
     """Medians of values and of a prediction, exactly; some are only determined by the last digit."""
     launch, left = select.Launcher.__call__, []
 
-    def spy(self, grid, *args):
-        launch(self, grid, *args)
+    def spy(self, grid, tensors, numbers):
+        launch(self, grid, tensors, numbers)
         if self.constants.get("START") == 5:
-            left.append(int(args[3][1]))
+            left.append(int(tensors[3][1]))
 
     select.Launcher.__call__ = spy
     values = wide_bins()
@@ -200,7 +208,8 @@ def check_gradient_loss() -> None:
         for function in (fused._gradient, _gradient_loss):
             x = pred.clone().requires_grad_()
             losses = function(x, target, valid, 4, normalize, *(None,) * (function is fused._gradient))
-            slopes.append((losses.detach(), torch.autograd.grad((losses * upstream).sum(), x)[0]))
+            slopes.append((losses.detach(), torch.autograd.grad((losses * upstream).sum(), x, retain_graph=True)[0]))
+            same_upstream(losses, x)
         torch.testing.assert_close(slopes[0][0], slopes[1][0])
         # Of several pixels that equal the median, one gets its gradient; torch's nanmedian shares it among all.
         tied = keep.index(5) if normalize else None

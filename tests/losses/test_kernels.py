@@ -10,10 +10,10 @@ import warnings
 import pytest
 import torch
 
+from distill.core import launch
 from distill.core.crops import sample_boxes
 from distill.core.plugins import find
 from distill.losses import fused
-from distill.losses.kernels import launch
 from distill.losses.losses import compare, gradient_loss, median_and_mean_abs_dev
 from tests.losses.test_losses import LEVELS, example
 
@@ -93,19 +93,54 @@ class Kernel:
 
 
 def test_a_kernel_is_compiled_once_for_a_kind_of_arguments(monkeypatch):
-    monkeypatch.setattr(launch, "_stream_of", lambda device: f"stream of {device}")
+    monkeypatch.setattr(launch, "_stream_of", lambda: lambda device: f"stream of {device}")
     values, out = torch.zeros(64), torch.zeros(64)
     kernel = Kernel()
     run = launch.Launcher(kernel, {"FLAG": True, "BLOCK": 32, "num_warps": 8})
-    run((7, 2), values, out, 64)
-    assert kernel.calls == [("compile", (7, 2), (values, out, 64), {"FLAG": True, "BLOCK": 32, "num_warps": 8})]
-    run((7, 2), out, values, 64)
+    run((7, 2, 1), (values, out), (64,))
+    assert kernel.calls == [("compile", (7, 2, 1), (values, out, 64), {"FLAG": True, "BLOCK": 32, "num_warps": 8})]
+    run((7, 2, 1), (out, values), (64,))
     how = ("stream of -1", "function", "metadata", None, None, None)
-    assert kernel.calls[1] == ("launch", 7, 2, 1, *how, out, values, 64, 32, True)
-    for other in ((values, out, 63), (values[1:], out, 64)):  # another number; a tensor that is aligned otherwise
-        run((7, 2), *other)
+    assert kernel.calls[1] == ("launch", 7, 2, 1, *how, out.data_ptr(), values.data_ptr(), 64, 32, True)
+    # another number; a tensor that is aligned otherwise, and another one
+    for tensors, number in (((values, out), 63), ((values[1:], out), 64), ((values, out[1:]), 64)):
+        run((7, 2, 1), tensors, (number,))
         assert kernel.calls[-1][0] == "compile"
-    assert [kind for kind, *_ in kernel.calls] == ["compile", "launch", "compile", "compile"]
+        run((7, 2, 1), tensors, (number,))
+        assert kernel.calls[-1][0] == "launch" and kernel.calls[-1][10] == tensors[0].data_ptr()
+
+
+def test_maps_of_two_devices_are_refused_before_a_kernel_reads_a_wrong_memory():
+    pred, target, valid = example(1, dtype=torch.float32)
+    elsewhere = target.to("meta")
+    for call in (
+        lambda: fused._contexts(pred, elsewhere, valid, None, (1,), 0.0, False),
+        lambda: fused._contexts(pred, target, valid, elsewhere, (1,), 0.0, False),
+        lambda: fused._gradient(pred, target, valid.to("meta"), 4, True, None),
+        lambda: fused._deviation(pred, valid.to("meta")),
+    ):
+        with pytest.raises(ValueError, match="one device, not on cpu and meta"):
+            call()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_second_derivative_is_refused_whether_or_not_it_is_guarded(again):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        @launch.differentiable_once
+        def backward(ctx, upstream):
+            return upstream * 2
+
+    x = torch.ones(2, requires_grad=True)
+    (slope,) = torch.autograd.grad(Double.apply(x).square().sum(), x, create_graph=again)
+    assert slope.tolist() == [8.0, 8.0] and slope.requires_grad == again
+    if again:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.sum().backward()
 
 
 def test_pieces_cover_an_image_and_are_few():

@@ -7,12 +7,12 @@
 On a card eager losses are bound by the host: Python, torch's dispatcher, autograd and Triton's launcher. All of that
 runs here as on a card, except
 
-    - CUDA's driver: a libcuda of a few lines, compiled here (it needs a C compiler), whose calls return at once. So what
+    - CUDA's driver: a libcuda of a few lines, compiled here (it needs a C compiler), whose calls return at once. What
       the driver itself takes is absent: some microseconds a launch, more of a cooperative one.
-    - torch's kernels and memory: tensors lie on the CPU and are tiny, so torch's operations take a CPU's allocator and a
-      CPU's (short) loops in place of the caching allocator and cudaLaunchKernel. A masked L1 launches 15 torch kernels
-      and ours 3 beside their own, so it lacks more than ours do.
-    - autograd's thread: backward runs in the thread that asks, and on a card in one of its own, which costs a hand-over.
+    - torch's kernels and memory: tensors lie on the CPU and are tiny, so torch's operations take a CPU's allocator and
+      short loops in place of the caching allocator and cudaLaunchKernel. A masked L1 has 15 kernels of torch, ours 3
+      beside their own, so it lacks more than ours do.
+    - autograd's thread: backward runs in the thread that asks, on a card in one of its own after a hand-over.
     - entering a device: `torch.cuda.device_of` does nothing for a tensor on the CPU.
 
 The numbers say which code of ours costs how much, before and after a change, on one machine. They are no card's times,
@@ -20,9 +20,9 @@ and ratios to a masked L1 are not those of a card. Kernels are compiled for an H
 cache) and never run, so all values are meaningless.
 
 Columns: microseconds of processor time of forward with backward, the minimum over repeats of a mean over calls; of the
-forward pass alone; what the two would be if our launches did nothing, and if Triton's did (so the differences are what our launcher
-and Triton's take); then the shares of a profile, which inflates many short calls: code in `distill`, in Triton, in
-autograd with its C++, and all else, mostly torch's operations. Last, calls of the driver: launches, and looked-up pointers.
+forward pass alone; both passes if our launches did nothing, and if Triton's did, so that differences are what our
+launcher and Triton's take; the shares of a profile, which inflates many short calls: code in `distill`, in Triton, in
+autograd with its C++, and all else, mostly torch's operations; calls of the driver: launches, and pointers looked up.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ UNUSED = (
 
 
 def driver_of(folder: Path) -> ctypes.CDLL:
-    """Loads a libcuda that does nothing, so that Triton's launcher finds it; its counters are `launches`, `pointers`."""
+    """Loads a libcuda that does nothing for Triton's launcher; its counters are `launches` and `pointers`."""
     library = folder / "libcuda.so.1"
     text = SOURCE + "".join(f"int {name}() {{ return 0; }}\n" for name in UNUSED)
     (folder / "cuda.c").write_text(text)
@@ -162,7 +162,7 @@ def microseconds(call: Call, calls: int, repeats: int) -> float:
 
 def without(what: str) -> Any:
     """Our launches do nothing, or Triton's."""
-    from distill.losses.kernels.launch import Launcher
+    from distill.core.launch import Launcher
 
     if what == "ours":
         return mock.patch.object(Launcher, "__call__", lambda self, *given: None)

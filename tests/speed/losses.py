@@ -38,15 +38,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.core import launch
 from distill.core.crops import sample_boxes
 from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Labels
 from distill.losses import fused
-from distill.losses.kernels import launch
 from distill.losses.losses import compare, distillation_loss, gradient_loss
 from distill.losses.objective import Objective
 from distill.training.trainlog import map_statistics
@@ -248,9 +249,9 @@ def host_times(call: Case, calls: int = 60) -> str:
     spent: Counter[str] = Counter()
     launched = launch.Launcher.__call__
 
-    def timed(self: launch.Launcher, grid: tuple[int, ...], *args: object) -> None:
+    def timed(self: launch.Launcher, *given: Any) -> None:
         start = time.perf_counter()
-        launched(self, grid, *args)
+        launched(self, *given)
         spent[self.kernel.__name__] += time.perf_counter() - start
 
     launch.Launcher.__call__ = timed  # type: ignore[method-assign]

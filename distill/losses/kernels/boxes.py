@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill.core.crops import INSIDE_TOLERANCE
-from distill.losses.kernels.launch import Launcher
+from distill.core.launch import Launcher, differentiable_once
 
 BLOCK = 512
 WIDE = 256
@@ -122,8 +122,9 @@ class _Samples(torch.autograd.Function):
         values = maps.new_empty((images, number, size, size))
         inside = torch.empty(values.shape, dtype=torch.bool, device=maps.device)
         if values.numel():
-            grid = (-(-size * size // BLOCK), images * number)
-            _kernels()[0](grid, maps, boxes, values, inside.view(torch.uint8), number, height, width, size)
+            grid = (-(-size * size // BLOCK), images * number, 1)
+            tensors = (maps, boxes, values, inside.view(torch.uint8))
+            _kernels()[0](grid, tensors, (number, height, width, size))
         ctx.save_for_backward(boxes)
         ctx.sizes = (number, height, width, size)
         ctx.mark_non_differentiable(inside)
@@ -131,14 +132,14 @@ class _Samples(torch.autograd.Function):
         return values, inside
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, upstream, _inside):
-        (boxes,), (number, height, width, size) = ctx.saved_tensors, ctx.sizes
+        (boxes,), (_, height, width, _) = ctx.saved_tensors, ctx.sizes
         if upstream is None:
             return None, None, None
         slopes = upstream.new_empty((len(boxes), height, width))
         grid = (height, len(boxes), -(-width // WIDE))
-        _kernels()[1](grid, upstream.contiguous(), boxes, slopes, number, height, width, size)
+        _kernels()[1](grid, (upstream.contiguous(), boxes, slopes), ctx.sizes)
         return slopes, None, None
 
 

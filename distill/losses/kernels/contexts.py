@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill.core.launch import Launcher, differentiable_once
 from distill.losses.kernels.digits import added, columns, zeros
 from distill.losses.kernels.keys import WIDTH, Cut, cut_of, in_context, label_of, spread, table, word
-from distill.losses.kernels.launch import Launcher
 from distill.losses.kernels.select import CHUNK, CROWDED, ROWS, WHOLE, ContextStatistics, context_statistics, tile_of
 
 NEVER = tl.constexpr(0x7FFFFFFF)
@@ -232,10 +232,10 @@ def _close(
     tl.store(dead, (CONTEXTS - number).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["pixels", "length", "highest_stride"])
+@triton.jit(do_not_specialize=["pixels", "length", "highest_stride", "upstream_stride"])
 def _slope(
     pred, target, valid, weight, pixel_loss, highest, statistics, upstream, slopes, pixels, length, highest_stride,
-    WEIGHTED: tl.constexpr, TRIMMED: tl.constexpr, LABEL_ONLY: tl.constexpr, LEVELS: tl.constexpr,
+    upstream_stride, WEIGHTED: tl.constexpr, TRIMMED: tl.constexpr, LABEL_ONLY: tl.constexpr, LEVELS: tl.constexpr,
     FIRSTS: tl.constexpr, NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
@@ -246,7 +246,7 @@ def _slope(
     low, per_unit, threshold = tl.load(header + 1), tl.load(header + 2), tl.load(highest + image * highest_stride)
     normal = _normal(row, LABEL_ONLY, CONTEXTS)
     portions = _portions(normal[1], LEVELS, FIRSTS, NUMBER, FINEST)
-    units, pulls, factor = table(row + 10 * CONTEXTS, CONTEXTS), normal[0], tl.load(upstream + image)
+    units, pulls, factor = table(row + 10 * CONTEXTS, CONTEXTS), normal[0], tl.load(upstream + image * upstream_stride)
     if not LABEL_ONLY:
         pulls = table(row + 8 * CONTEXTS, CONTEXTS)
     end = tl.minimum(pixels, (piece + 1) * length)
@@ -302,31 +302,34 @@ class _ContextLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pred, target, valid, weight, found, kernels, trim_top):
-        images, statistics = len(pred), found.statistics
-        pixels = pred.numel() // images
-        inputs, grid = (pred, target, valid, target if weight is None else weight), (found.pieces, images)
-        sums = pred.new_empty((images, 3 * statistics.shape[2] + 2, found.pieces))
-        losses = pred.new_empty((images,))
+        statistics, pieces, length = found
+        images, rows, contexts = statistics.shape
+        pixels, stride = pred.numel() // images, rows * contexts
+        inputs, grid = (pred, target, valid, target if weight is None else weight), (pieces, images, 1)
+        sums, losses = pred.new_empty((images, 3 * contexts + 2, pieces)), pred.new_empty((images,))
         live, dead = (pred.new_empty((images,), dtype=torch.int64) for _ in range(2))
         pixel_loss, alive, highest = pred, valid, statistics
-        outputs_and_sizes = (statistics, sums, losses, live, dead, pixels, found.length, found.pieces)
+        outputs = (statistics, sums, losses, live, dead)
         if trim_top > 0.0:
             pixel_loss, alive = torch.empty_like(pred), torch.empty_like(valid)
-            kernels["each pixel"](grid, *inputs, pixel_loss, alive, highest, *outputs_and_sizes, highest.stride(0))
+            sizes = (pixels, length, pieces, stride)
+            kernels["each pixel"](grid, (*inputs, pixel_loss, alive, highest, *outputs), sizes)
             highest = context_statistics(pixel_loss, None, alive, WHOLE, label=False, keep=1.0 - trim_top).statistics
-        kernels["residual"](grid, *inputs, pixel_loss, alive, highest, *outputs_and_sizes, highest.stride(0))
+            stride = highest.stride(0)
+        tensors = (*inputs, pixel_loss, alive, highest, *outputs)
+        kernels["residual"](grid, tensors, (pixels, length, pieces, stride))
         ctx.save_for_backward(*inputs, pixel_loss, highest, statistics)
-        ctx.slope, ctx.grid, ctx.sizes = kernels["slope"], grid, (pixels, found.length, highest.stride(0))
+        ctx.slope, ctx.grid, ctx.sizes = kernels["slope"], grid, (pixels, length, stride)
         ctx.mark_non_differentiable(live, dead)
         ctx.set_materialize_grads(False)
         return losses, live, dead
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, upstream, _live, _dead):
-        pred, *saved = ctx.saved_tensors
-        slopes = torch.empty_like(pred)
-        ctx.slope(ctx.grid, pred, *saved, upstream.contiguous(), slopes, *ctx.sizes)
+        saved = ctx.saved_tensors
+        slopes = torch.empty_like(saved[0])
+        ctx.slope(ctx.grid, (*saved, upstream, slopes), (*ctx.sizes, upstream.stride(0)))
         return slopes, None, None, None, None, None, None
 
 

@@ -15,14 +15,15 @@ only. Shapes: B images, H rows, W columns, N = H W pixels.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill.core.launch import Grid, Launcher, differentiable_once
 from distill.losses.kernels.keys import fold_least, fold_sum
-from distill.losses.kernels.launch import Launcher
 from distill.losses.kernels.select import CHUNK, HOW, WHOLE, ContextStatistics, context_statistics
 
 BLOCK = 2048
@@ -188,10 +189,10 @@ def _edges(
             tl.store(counters + tl.num_programs(1) + image, fold_least(sums + SCALES * tiles, tiles, CHUNK))
 
 
-@triton.jit(do_not_specialize=["stride", "image_stride"])
+@triton.jit(do_not_specialize=["stride", "image_stride", "upstream_stride"])
 def _slopes(
     pred, statistics, pushes, pulls, counters, upstream, slopes, stride, image_stride, pixels,
-    FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ABSENT: tl.constexpr, BLOCK: tl.constexpr
+    upstream_stride, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ABSENT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The gradient of the sum of upstream times loss."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -204,7 +205,8 @@ def _slopes(
         values, pull = tl.load(pred + start + at, mask=at < pixels, other=0.0), tl.load(pulls + image)
         slope = slope * unit - pull * _sign(values - median)
         slope += tl.where(at == tl.load(counters + tl.num_programs(1) + image), pull * tl.load(row + 7 * stride), 0.0)
-    tl.store(slopes + start + at, tl.where(counts, slope * tl.load(upstream + image), 0.0), mask=at < pixels)
+    factor = tl.load(upstream + image * upstream_stride)
+    tl.store(slopes + start + at, tl.where(counts, slope * factor, 0.0), mask=at < pixels)
 
 
 @functools.lru_cache(maxsize=64)
@@ -221,32 +223,59 @@ def _kernels(scales: int, floor: float, normalize: bool, block: int) -> tuple[in
     return tall, wide, kernels
 
 
+class _Plan(NamedTuple):
+    """All that the loss needs beside the maps, because working it out takes longer than the launches."""
+
+    images: int
+    sums: tuple[int, int, int]
+    grid: Grid
+    sizes: tuple[int, ...]
+    blocks: Grid
+    strides_and_pixels: tuple[int, int, int]
+    differences: Launcher
+    edges: Launcher
+    slopes: Launcher
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    images: int, height: int, width: int, stride: int, image_stride: int, scales: int, floor: float, normalize: bool,
+    block: int,
+) -> _Plan:  # fmt: skip
+    tall, wide, kernels = _kernels(scales, floor, normalize, block)
+    across = -(-width // wide)
+    tiles = across * -(-height // tall)
+    return _Plan(
+        images, (images, scales + 3, tiles), (tiles, images, 1), (stride, image_stride, height, width, across, tiles),
+        (-(-height * width // block), images, 1), (stride, image_stride, height * width),
+        kernels["differences"], kernels["edges"], kernels["slopes"],
+    )  # fmt: skip
+
+
 class _GradientLoss(torch.autograd.Function):
     """Per-image loss; differentiable once, in `pred`."""
 
     @staticmethod
     def forward(ctx, pred, target, valid, statistics, scales, floor, normalize):
-        images, height, width = pred.shape
-        tall, wide, kernels = _kernels(scales, floor, normalize, BLOCK)
-        across = -(-width // wide)
-        tiles, strides = across * -(-height // tall), (statistics.stride(1), statistics.stride(0))
+        plan = _plan(*pred.shape, statistics.stride(1), statistics.stride(0), scales, floor, normalize, BLOCK)
         differences, pushes = torch.empty_like(pred), torch.empty_like(pred)
-        sums, losses = pred.new_empty((images, scales + 3, tiles)), pred.new_empty((images,))
-        pulls, counters = pred.new_empty((images,)), pred.new_empty((2 * images,), dtype=torch.int32)
-        sizes, grid = (*strides, height, width, across, tiles), (tiles, images)
-        kernels["differences"](grid, pred, target, valid, statistics, differences, sums, counters, *sizes)
-        outputs = (sums, counters, pushes, losses, pulls)
-        kernels["edges"](grid, pred, statistics, differences, *outputs, *sizes)
+        sums, losses = pred.new_empty(plan.sums), pred.new_empty(plan.images)
+        pulls, counters = pred.new_empty(plan.images), pred.new_empty(2 * plan.images, dtype=torch.int32)
+        plan.differences(
+            plan.grid, (pred, target, valid, statistics, differences, sums, counters), plan.sizes
+        )  # fmt: skip
+        plan.edges(plan.grid, (pred, statistics, differences, sums, counters, pushes, losses, pulls), plan.sizes)
         ctx.save_for_backward(pred, statistics, pushes, pulls, counters)
-        ctx.slopes, ctx.grid, ctx.strides = kernels["slopes"], (-(-height * width // BLOCK), images), strides
+        ctx.plan = plan
         return losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, upstream):
-        pred, statistics, *saved = ctx.saved_tensors
-        slopes, pixels = torch.empty_like(pred), pred.shape[1] * pred.shape[2]
-        ctx.slopes(ctx.grid, pred, statistics, *saved, upstream.contiguous(), slopes, *ctx.strides, pixels)
+        saved, plan = ctx.saved_tensors, ctx.plan
+        slopes = torch.empty_like(saved[0])
+        numbers = (*plan.strides_and_pixels, upstream.stride(0))
+        plan.slopes(plan.blocks, (*saved, upstream, slopes), numbers)
         return slopes, None, None, None, None, None, None
 
 

@@ -24,16 +24,16 @@ optionally, the prediction.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill.core.launch import Grid, Launcher
 from distill.losses.kernels.digits import BITS, DONE, FIRST_BINS, STATE, count_first, count_next
 from distill.losses.kernels.keys import HEADER, WIDTH, Cut, grid_barrier, order_key, tile
-from distill.losses.kernels.launch import Launcher
 from distill.losses.kernels.picks import moments, pick_first, pick_next
 
 WHOLE = Cut((1,))
@@ -215,8 +215,7 @@ def _select(
                 grid_barrier(scratch)
 
 
-@dataclass(frozen=True)
-class ContextStatistics:
+class ContextStatistics(NamedTuple):
     """statistics: (B,rows,C) float32, the rows listed at ROWS and then the image's header.
 
     pieces: the number per image. length: pixels per piece.
@@ -233,7 +232,9 @@ def tile_of(cut: Cut) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernels(cut: Cut, maps: int, label: bool, keep: float, block: int, apart: bool) -> tuple[int, int, list[Launcher]]:
+def _kernels(
+    cut: Cut, maps: int, label: bool, keep: float, block: int, apart: bool
+) -> tuple[int, int, Launcher, list[Launcher]]:
     """Words of an image's scratch without those per piece, rows of its statistics, and the kernels in order."""
     number = maps * cut.contexts
     second = maps * FIRST_BINS
@@ -250,7 +251,7 @@ def _kernels(cut: Cut, maps: int, label: bool, keep: float, block: int, apart: b
     steps = [(step, step + 1) for step in range(8)] if apart else [(0, 8)]
     sync_options = {} if apart else {"launch_cooperative_grid": True}
     kernels = [Launcher(_select, select | {"START": start, "STOP": stop, **sync_options}) for start, stop in steps]
-    return ranges, rows, [Launcher(_range, visit | {"CLEARED": states, **HOW}), *kernels]
+    return ranges, rows, Launcher(_range, visit | {"CLEARED": states, **HOW}), kernels
 
 
 @functools.lru_cache(maxsize=16)
@@ -274,6 +275,37 @@ def pieces_of(images: int, pixels: int, programs: int, grain: int) -> tuple[int,
     return -(-grains // each), each * grain
 
 
+class _Plan(NamedTuple):
+    """All that `context_statistics` needs beside the maps, because working it out takes longer than the launches."""
+
+    first: Launcher
+    grid: Grid
+    sizes: tuple[int, ...]
+    steps: list[Launcher]
+    programs: Grid
+    numbers: tuple[float, ...]
+    scratch: int
+    statistics: tuple[int, int, int]
+    pieces: int
+    length: int
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    images: int, pixels: int, device: torch.device, maps: int, cut: Cut, flat: float, floor: float, min_pixels: int,
+    label: bool, keep: float, block: int, apart: bool,
+) -> _Plan:  # fmt: skip
+    programs = _programs(device)
+    words, rows, first, steps = _kernels(cut, maps, label, keep, block, apart)
+    pieces, length = pieces_of(images, pixels, programs, GRAIN)
+    size = words + maps * (2 + cut.contexts) * pieces
+    return _Plan(
+        first, (pieces, images, 1), (pixels, length, pieces, size),
+        steps, (programs, 1, 1), (images, pixels, length, pieces, size, flat, min_pixels, floor),
+        COUNTERS + images * size, (images, rows, cut.contexts), pieces, length,
+    )  # fmt: skip
+
+
 def context_statistics(
     target: Tensor,
     pred: Tensor | None,
@@ -292,18 +324,19 @@ def context_statistics(
     values that are not finite do not count, nor do images whose range is below `flat` of their magnitude. keep: see
     `pick_first`; the deviations are meaningless then.
     """
-    images, maps, programs = len(target), 1 if pred is None else 2, _programs(target.device)
-    pixels = target.numel() // images
-    words, rows, (first, *steps) = _kernels(cut, maps, label, keep, BLOCK, SEPARATE_LAUNCHES)
-    pieces, length = pieces_of(images, pixels, programs, GRAIN)
-    size = words + maps * (2 + cut.contexts) * pieces
-    scratch = valid.new_empty(COUNTERS + images * size, dtype=torch.int32)
-    statistics = target.new_empty((images, rows, cut.contexts))
-    tensors = (target if pred is None else pred, target, valid, scratch)
-    first((pieces, images), *tensors, pixels, length, pieces, size)
-    for step in steps:
-        step((programs,), *tensors, statistics, images, pixels, length, pieces, size, flat, min_pixels, floor)
-    return ContextStatistics(statistics, pieces, length)
+    images = target.shape[0]
+    plan = _plan(
+        images, target.numel() // images, target.device, 1 if pred is None else 2, cut, flat, floor, min_pixels,
+        label, keep, BLOCK, SEPARATE_LAUNCHES,
+    )  # fmt: skip
+    scratch = valid.new_empty(plan.scratch, dtype=torch.int32)
+    statistics = target.new_empty(plan.statistics)
+    prediction = target if pred is None else pred
+    plan.first(plan.grid, (prediction, target, valid, scratch), plan.sizes)
+    tensors = (prediction, target, valid, scratch, statistics)
+    for step in plan.steps:
+        step(plan.programs, tensors, plan.numbers)
+    return ContextStatistics(statistics, plan.pieces, plan.length)
 
 
 def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
