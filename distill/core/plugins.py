@@ -95,6 +95,18 @@ def find(package: str, name: str | os.PathLike[str]) -> ModuleType:
     return module
 
 
+@functools.lru_cache(maxsize=64)
+def not_taken(function: Callable[..., object], options: tuple[str, ...]) -> str:
+    """The first, by name, of these keyword arguments that the function does not take; or an empty string.
+
+    Remembered, because a loss asks at every step.
+    """
+    taken = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return ""
+    return min({*options} - taken.keys(), default="")
+
+
 def import_file(name: str) -> ModuleType:
     """Import a Python file once; returns its module. Raises LookupError if there is none, PluginError as `find`."""
     allow(name)  # its code runs now in any case

@@ -8,14 +8,13 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.core.plugins import find
+from distill.core.plugins import find, not_taken
 from distill.core.shapes import check_maps
 from distill.losses import fused
 from distill.losses.normalize import Comparison, single_or_double
@@ -45,11 +44,8 @@ def compare(
     if not reference_hdn or not plugin.LEVELS:
         if contexts != "dr":
             raise ValueError(f"contexts = {contexts!r} needs reference_hdn and a normalization with contexts")
-        taken = inspect.signature(plugin.compare).parameters if options else {}
-        if not any(p.kind is p.VAR_KEYWORD for p in taken.values()) and (missing := options.keys() - taken.keys()):
-            raise ValueError(
-                f"normalization {normalization!r}: its compare takes no {min(missing)}, which is asked for"
-            )
+        if options and (missing := not_taken(plugin.compare, tuple(options))):
+            raise ValueError(f"normalization {normalization!r}: its compare takes no {missing}, which is asked for")
         return plugin.compare(pred, target, valid, **options)
     if options:
         raise ValueError("reference_hdn is HDN's released loss, which knows no trim_top, label_only or weights")

@@ -7,6 +7,8 @@ global batch, so that 8 x 1 equals 2 x 4 accumulated equals 4 processes x 2.
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -59,7 +61,9 @@ class Objective:
         and has no weight. Raises KindError for labels to whose kind the prediction cannot be converted, ValueError
         where no term applies to them.
         """
-        with torch.autocast(pred.device.type, enabled=False):
+        device = pred.device.type
+        # Entering autocast takes longer than asking for it.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             pred = self._as(labels.shared.kind, single_or_double(pred))
             return self._sum(pred, self._within(labels), features, teacher_features)
 
@@ -102,7 +106,7 @@ class Objective:
             value = find(TERMS, name).term(inputs, **s.options(name)) if FACTS[name].needs <= met else None
             if value is not None:
                 parts[name] = value
-                total = weight * value if total is None else total + weight * value
+                total = _plus(total, weight, value)
         if total is None:
             unmet = {name: " and ".join(sorted(FACTS[name].needs - met)) for name in s.weights}
             reasons = ", ".join(f"{name} needs {needs or 'other labels'}" for name, needs in unmet.items())
@@ -111,6 +115,14 @@ class Objective:
                 f"{reasons or 'every weight of [loss] is 0'}"
             )
         return total, parts | inputs.counts
+
+
+def _plus(total: Tensor | None, weight: float, value: Tensor) -> Tensor:
+    """total + weight * value, in one operation where that has the same bits."""
+    if total is None:
+        return value if weight == 1.0 else weight * value
+    # The product with a power of two is exact, so it does not matter whether it is rounded before the sum.
+    return torch.add(total, value, alpha=weight) if math.frexp(weight)[0] == 0.5 else total + weight * value
 
 
 def _nearer(depth: DepthMap, limit: float) -> DepthMap:

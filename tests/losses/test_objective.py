@@ -12,7 +12,7 @@ from distill.core.crops import cut_patches, cut_region, plan, sample_boxes, stud
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
 from distill.losses.losses import compare
-from distill.losses.objective import Objective, _nearer
+from distill.losses.objective import Objective, _nearer, _plus
 from distill.losses.settings import LossSettings
 from tests.losses.test_losses import INVARIANT
 
@@ -105,6 +105,17 @@ def test_the_objective_is_the_weighted_sum_of_its_named_parts():
     expected = sum(getattr(weights, name) * value for name, value in parts.items() if name != "dead_contexts")
     torch.testing.assert_close(total, expected)
     assert LossSettings() == LossSettings(shared=1.0, local_global=0.5, feature=1.0, gradient=2.0, anchor=0.0)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, 2.0, 0.3, 3.0])
+def test_a_sum_in_one_operation_has_the_bits_of_two(weight):
+    total, value = torch.randn(2, 10_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 10_000)
+    value.requires_grad_()
+    for first, expected in ((None, weight * value), (total, total + weight * value)):
+        found = _plus(first, weight, value)
+        assert torch.equal(found, expected)
+        slopes = [torch.autograd.grad(sum_, value, total)[0] for sum_ in (found + 0.0, expected)]
+        assert torch.equal(*slopes)
 
 
 def test_labels_that_are_not_disparity_are_refused():
