@@ -101,8 +101,8 @@ def pretended_card() -> Iterator[None]:
     from distill.losses.kernels import boxes, contexts, gradient, select, small
 
     def forget() -> None:
-        for module in (boxes, contexts, gradient, select):
-            for name in ("_kernels", "_plan"):
+        for module in (boxes, contexts, gradient, select, small, codes_kernel):
+            for name in ("_kernels", "_plan", "_launcher"):
                 if hasattr(module, name):
                     getattr(module, name).cache_clear()
 
@@ -112,8 +112,6 @@ def pretended_card() -> Iterator[None]:
         fused, has_kernels=lambda values: values.dtype == torch.float32, _trusted=lambda *given: True
     ), mock.patch.object(launch.Launcher, "__init__", lambda self, kernel, how: make(self, Kernel(kernel), how)), \
         mock.patch.object(launch, "_stream_of", lambda: lambda device: 0), \
-        mock.patch.object(small, "_small", Kernel(small._small)), \
-        mock.patch.object(codes_kernel, "_decode", Kernel(codes_kernel._decode)), \
         mock.patch.object(codes, "decode_values", codes_kernel.decode_values):  # fmt: skip
         yield
     forget()

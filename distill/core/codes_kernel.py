@@ -5,10 +5,14 @@ B maps of N pixels.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from distill.core.launch import Launcher
 
 BLOCK = 1024
 
@@ -24,6 +28,12 @@ def _decode(codes, low, high, units, values, valid, pixels, BLOCK: tl.constexpr)
     tl.store(valid + at, (tl.abs(unit) < float("inf")).to(tl.uint8), mask=there)
 
 
+@functools.cache
+def _launcher() -> Launcher:
+    # Without fusion: a product that is not rounded before the sum would have other bits than torch's.
+    return Launcher(_decode, {"BLOCK": BLOCK, "enable_fp_fusion": False})
+
+
 def decode_values(codes: Tensor, low: Tensor, high: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
     """As `codes.decode_values`."""
     codes = codes.contiguous()
@@ -31,12 +41,9 @@ def decode_values(codes: Tensor, low: Tensor, high: Tensor, units: Tensor) -> tu
     valid = torch.empty(codes.shape, dtype=torch.bool, device=codes.device)
     pixels = codes[:1].numel()
     if codes.numel():
-        # Without fusion: a product that is not rounded before the sum would have other bits than torch's.
         with torch.cuda.device_of(codes):
-            _decode[-(-pixels // BLOCK), len(codes)](
-                codes, low.contiguous(), high.contiguous(), units, values, valid.view(torch.uint8), pixels, BLOCK=BLOCK,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+            tensors = (codes, low.contiguous(), high.contiguous(), units, values, valid.view(torch.uint8))
+            _launcher()((-(-pixels // BLOCK), len(codes), 1), tensors, (pixels,))
     return values, valid
 
 

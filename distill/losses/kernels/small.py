@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill.core.launch import Launcher
 from distill.losses.kernels.keys import key_value, order_key
 
 LARGEST = 8192
@@ -37,12 +40,16 @@ def _small(
     tl.store(deviations + image, tl.div_rn(distance, number))
 
 
+@functools.lru_cache(maxsize=64)
+def _kernels(pixels: int) -> Launcher:
+    block = max(32, triton.next_power_of_2(pixels))
+    return Launcher(_small, {"BLOCK": block, "num_warps": 8, "enable_fp_fusion": False})
+
+
 def small_mean_deviation(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Median and mean deviation, (B,) each, no gradient. values: (B,H,W) float32, valid: (B,H,W) uint8, any strides."""
     images, height, width = values.shape
     medians, deviations = values.new_empty(images), values.new_empty(images)
-    _small[(images,)](
-        values, valid, medians, deviations, width, height * width, *values.stride(), *valid.stride(),
-        BLOCK=max(32, triton.next_power_of_2(height * width)), num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip
+    numbers = (width, height * width, *values.stride(), *valid.stride())
+    _kernels(height * width)((images, 1, 1), (values, valid, medians, deviations), numbers)
     return medians, deviations
