@@ -21,5 +21,6 @@ exclude_patterns = ["docs/conf.py"]
 html_theme = "furo"
 html_title = "depth-distill"
 html_copy_source = False
+html_show_copyright = False
 myst_heading_anchors = 4
 copybutton_exclude = ".linenos, .gp, .go"
