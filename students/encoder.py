@@ -340,7 +340,7 @@ def _download(name: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(
-            f"timm could not fetch weights for {name} (offline, gated, or none published): {reason}. "
+            f"timm could not fetch weights for {name} (offline, gated, or none published): {reason.rstrip('.')}. "
             'Download them yourself and give their path as weights="file.safetensors"'
         ) from error
     return model.state_dict()

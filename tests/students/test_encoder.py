@@ -310,3 +310,12 @@ def test_tensors_of_odd_dimensions_are_refused_and_a_dinov2_has_a_key_bias(tmp_p
         save_file(state, file)
         with pytest.raises(ValueError, match=f"w.safetensors.*{said}"):
             Encoder("dinov2_vits14", weights=file, **options)
+
+
+def test_what_timm_says_becomes_one_sentence(monkeypatch):
+    def offline(name, **options):
+        raise OSError("No connection is on.\nTraceback")
+
+    monkeypatch.setattr(encoder.timm, "create_model", offline)
+    with pytest.raises(OSError, match=r"No connection is on\. Download them yourself"):
+        encoder._download("vit_small_patch16_dinov3")
