@@ -1,6 +1,6 @@
 """check a recipe before a run, a training run or its log after it, or a benchmark's data
 
-distill doctor demo                              before a run: weights, disk, speed, time, licences, kinds
+distill doctor demo                              before a run: weights, disk, speed, time, licences, depth types
 distill doctor runs/demo                         after one: drift, collapse, dead contexts, learning rate, data wait
 distill doctor --benchmark nyu --root DIR        is the benchmark's data complete?
 """
