@@ -11,7 +11,7 @@ from distill.app.verbs._recipe import refuse, take_recipe
 def arguments(parser: argparse.ArgumentParser) -> None:
     take_recipe(parser, optional=True)
     parser.add_argument("--predictions", metavar="DIR", help="stored predictions (.npy float32, Marigold's naming)")
-    parser.add_argument("--kind", metavar="KIND", help="their depth type: affine_disparity, scale_depth, ...")
+    parser.add_argument("--kind", metavar="KIND", help="the maps' depth type: affine_disparity, scale_depth, ...")
     parser.add_argument("--benchmark", metavar="NAME", help="a name from `distill list benchmarks`")
     parser.add_argument("--root", metavar="DIR", help="the benchmark's data: a folder or the published tar")
     parser.add_argument("--list", metavar="FILE", help="a list of other samples, with the published list's columns")
