@@ -218,12 +218,9 @@ def _log_step(run: TrainingRun, line: Mapping[str, Any], *, last: bool) -> None:
     """Writes a step's line to the log if it is due, and passes it to the alarm."""
     if run.step % run.settings.log_every == 0 or last:
         _write(run, line)
-    alarm = run.alarm.watch(
-        run.step,
-        line["output_deviation"],
-        label_deviation=line["label_deviation"],
-        warmup_end=max(1, run.settings.warmup_steps),
-    )
+    output, labels = line["output_deviation"], line["label_deviation"]
+    warmup_end = max(1, run.settings.warmup_steps)
+    alarm = run.alarm.watch(run.step, output, label_deviation=labels, warmup_end=warmup_end)
     if alarm and run.log:
         run.log.write({"step": run.step, "alarm": alarm})
 
