@@ -47,9 +47,14 @@ def far_in_the_sky(values: Tensor, sky: Tensor, others: Tensor, place: float) ->
     fewer.
     """
     changed = sky & (others.sum() > MIN_SKY_PIXELS) & (sky.sum() > MIN_SKY_PIXELS)
-    if changed.device.type == "cpu" and not changed.any():  # spares a sort; the host never waits for a GPU
+    if _host_may_look(changed) and not changed.any():  # spares a sort
         return values, changed
     return torch.where(changed, quantile(values, others, place), values), changed
+
+
+def _host_may_look(values: Tensor) -> bool:
+    """Whether to read values costs no wait for a GPU."""
+    return values.device.type == "cpu"
 
 
 def kind_under(kind: Kind, policy: str) -> Kind:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.core.depth import DepthMap, Kind
-from distill.teachers._sky import apply_sky
+from distill.teachers import _sky
 from tests.launches import Asked
 from tests.teachers.asking import IMAGES, NETWORKS, RESIZING, load, predict
 
@@ -15,6 +15,11 @@ pytestmark = pytest.mark.usefixtures("parts_read_once")
 WAIT = {"marigold": "distill/teachers/marigold.py", "checkpoint": "distill/students/dysample.py"}
 # Cameras are solved on the host.
 UPLOAD = {"moge": "distill/teachers/moge.py"}
+
+
+@pytest.fixture(autouse=True)
+def maps_as_on_a_card(monkeypatch):
+    monkeypatch.setattr(_sky, "_host_may_look", lambda values: False)
 
 
 def files(lines) -> set[str]:
@@ -39,5 +44,5 @@ def test_nobody_waits_for_the_sky(policy):
     depth = DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.SCALE_DEPTH)
     sky = torch.rand(2, 9, 11, generator=draw) > 0.5
     with Asked() as counted:
-        apply_sky(depth, sky, policy)
+        _sky.apply_sky(depth, sky, policy)
     assert counted.total and not counted.waits and not counted.uploads
