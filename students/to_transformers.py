@@ -325,6 +325,10 @@ def _write_sources(folder: Path, todo: dict[str, str], known: dict[str, Path]) -
             if f"{file}.py" not in written:
                 todo[f"{file}.py"] = path.read_text(encoding="utf-8")
         (folder / name).write_text(source, encoding="utf-8")
+    files = sorted(file.removesuffix(".py") for file in written - {CODE})
+    named = "".join(f"    from .{file} import __name__\n" for file in files)
+    with (folder / CODE).open("a", encoding="utf-8") as code:
+        code.write(f"\n\nif False:  # most releases of transformers copy only files that this one names\n{named}")
 
 
 def _ours(source: str, known: Mapping[str, Path]) -> set[str]:

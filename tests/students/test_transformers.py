@@ -100,8 +100,10 @@ def test_any_other_student_comes_with_its_code(tmp_path, photo, decoder):
     checkpoint.save(student, tmp_path / "s", card={"name": "tiny"})
     out = str(tmp_path / "o")
     assert cli.main(["export", str(tmp_path / "s"), out, "--transformers", "--bits", "16"]) == 0
+    code = (tmp_path / "o" / to_transformers.CODE).read_text()
     for path in (tmp_path / "o").glob("*.py"):
         assert "distill." not in path.read_text().replace("distill.students.Student", ""), path
+        assert path.name == to_transformers.CODE or f"from .{path.stem} import" in code, path
     pipe = transformers.pipeline("depth-estimation", model=out, trust_remote_code=True)
     found = pipe(photo)["predicted_depth"].numpy()
     expected = load(out)(photo).numpy()  # it is still a student of ours
