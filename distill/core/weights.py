@@ -203,7 +203,7 @@ def _read(path: Path) -> Any:
         raise WeightsMismatchError(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
 
 
-_CUT = ("central directory", "not fully covered", "Ran out of input")
+_CUT = ("central directory", "not fully covered", "MetadataIncompleteBuffer", "Ran out of input")
 """Parts of the messages by which the readers of torch's and safetensors' files report a truncated file."""
 
 
