@@ -118,7 +118,7 @@ def test_wheel_and_source_hold_every_file_once(built):
         assert packaged - {"__init__"} == modules
         data = {str(path.relative_to(ROOT)) for path in (ROOT / "distill" / "assets").rglob("*") if path.is_file()}
         data |= {f"distill/{p.relative_to(ROOT)}" for p in (ROOT / "recipes").rglob("*") if p.is_file()}
-        assert data | {"distill/eval/papers.toml"} <= set(names)
+        assert data | {"distill/eval/papers.toml", "distill/py.typed"} <= set(names)
     assert {name.partition("/")[0] for name in in_wheel} == {"distill", "depth_distill-0.1.0.dist-info"}
 
 
