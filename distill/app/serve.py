@@ -44,6 +44,8 @@ KEPT = 8
 """The number of results that stay in memory."""
 MOST_WAITING = 16
 """The number of uploads that are in memory at once."""
+_PIECE = 1 << 16
+"""Bytes of an answer that are written at once."""
 TYPES = {
     ".png": "image/png",
     ".npy": "application/octet-stream",
@@ -67,7 +69,9 @@ class DepthServer(ThreadingHTTPServer):
         """Raises OSError if the port cannot be bound."""
         self.name = name
         own = socket.gethostname()
-        self.names = {text.lower().rstrip(".") for text in (*names, host, own, f"{own}.local", "localhost")}
+        short = own.partition(".")[0]
+        known = (*names, host, socket.getfqdn(host), own, short, f"{short}.local", "localhost")
+        self.names = {_host(text) for text in known} - {""}
         self.turn, self.making = threading.Lock(), threading.Lock()
         self.waiting = threading.BoundedSemaphore(MOST_WAITING)
         self.results: OrderedDict[str, Depth] = OrderedDict()
@@ -86,13 +90,10 @@ class DepthServer(ThreadingHTTPServer):
 
     def is_called(self, host: str) -> bool:
         """Whether a request's Host is an address or one of the names of this machine, with or without a port."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
+        name = _host(host)
         with contextlib.suppress(ValueError):
             return bool(ipaddress.ip_address(name.partition("%")[0]))
-        return name.rstrip(".") in self.names
+        return name in self.names or name.endswith(".localhost")  # browsers resolve those to this machine alone
 
     def predict(self, data: bytes, fov: float = FOV) -> dict[str, Any]:
         """Predicts and keeps the map of an image file's bytes; its id and what it is. Raises BadImageError, ValueError.
@@ -203,7 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()
-        self.wfile.write(data)
+        for start in range(0, len(data), _PIECE):  # the time limit is that of one write, however much it sends
+            self.wfile.write(memoryview(data)[start : start + _PIECE])
 
 
 def _file(depth: Depth, name: str, options: dict[str, str]) -> tuple[bytes, str]:
@@ -227,6 +229,14 @@ def _split(address: str) -> SplitResult:
         return urlsplit(address)
     except ValueError:
         return SplitResult("", "", "", "", "")
+
+
+def _host(address: str) -> str:
+    """The host in lower case of an address that is a name with or without a port, or a URL; "" where it has none."""
+    try:
+        return (urlsplit(address if "://" in address else f"//{address}").hostname or "").rstrip(".")
+    except ValueError:
+        return ""
 
 
 def _options(query: str) -> dict[str, str]:

@@ -267,3 +267,47 @@ def test_uploads_that_wait_are_few_and_a_silent_browser_is_left(monkeypatch):
             assert silent.recv(9) == b""  # closed
         assert json.loads(ask(f"{here}/predict", photo()))["width"] == 30 and not faults
         server.shutdown()
+
+
+def test_a_download_may_take_longer_than_the_time_without_a_byte(address, monkeypatch):
+    monkeypatch.setattr(serve._Handler, "timeout", 0.5)
+    monkeypatch.setattr(serve, "_file", lambda *_: (bytes(8 << 20), ".npy"))
+    key = json.loads(ask(f"{address}/predict", photo()))["id"]
+    host, port = address.removeprefix("http://").split(":")
+    with socket.socket() as browser:
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        browser.connect((host, int(port)))
+        browser.sendall(f"GET /{key}/depth.npy HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        received, begun = 0, time.monotonic()
+        while piece := browser.recv(1 << 16):
+            received += len(piece)
+            if time.monotonic() - begun < 2:
+                time.sleep(0.05)
+    assert received > 8 << 20
+
+
+@pytest.mark.parametrize(
+    "given", ["depth.example", "Depth.Example:8443", "https://depth.example/lab/", "depth.example."]
+)
+def test_a_name_may_be_allowed_as_the_refusal_shows_it(given):
+    with serve.DepthServer(lambda: Model(Fake()), "m", host="127.0.0.1", port=0, names=[given]) as server:
+        assert server.is_called("depth.example:8443") and server.is_called("depth.example")
+        assert not server.is_called("evil.depth.example") and not server.is_called("") and not server.is_called("[x")
+
+
+def test_a_machine_is_called_by_its_short_and_full_name(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "box.lab.example")
+    monkeypatch.setattr(
+        socket, "getfqdn", lambda host="": "box.lab.example" if host in ("", "0.0.0.0") else "localhost"
+    )
+    with serve.DepthServer(lambda: Model(Fake()), "m", host="0.0.0.0", port=0) as server:
+        for name in (
+            "box",
+            "box.local",
+            "BOX.lab.example:7860",
+            "depth.localhost:7860",
+            "[::1]:7860",
+            "[fe80::1%25e0]",
+        ):
+            assert server.is_called(name), name
+        assert not server.is_called("box.evil.example")
