@@ -5,6 +5,7 @@ Shapes: H height, W width of the display window; the stored pixels may cover onl
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ def channels(data: bytes) -> dict[str, np.ndarray]:
     with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # OpenEXR only opens paths
         file.write(data)
         file.flush()
-        _check_claims(OpenEXR.File(file.name, header_only=True).parts, len(data))
+        _check_claims(OpenEXR.File(file.name, header_only=True).parts, data)
         parts = OpenEXR.File(file.name, separate_channels=True).parts
     if not parts:
         raise ValueError("not a readable .exr (its pixels are cut short or damaged: download or copy it again)")
@@ -37,15 +38,28 @@ def channels(data: bytes) -> dict[str, np.ndarray]:
     return by_name
 
 
-def _check_claims(parts: Iterable[Any], packed: int) -> None:
-    """Raise ValueError where the headers claim more pixels than `packed` bytes may have."""
+def _check_claims(parts: Iterable[Any], data: bytes) -> None:
+    """Raise ValueError where the headers claim more pixels than so many bytes may have."""
     size = 0
-    for part in parts:
+    for part, lists in zip(parts, re.finditer(rb"channels\0chlist\0", data), strict=False):
         (left, top), (right, bottom) = (np.asarray(corner).astype(int) for corner in part.header["dataWindow"])
         pixels = int(right - left + 1) * int(bottom - top + 1)
-        size += 4 * pixels * len(part.header["channels"])
-    if reason := unpacks_to(size, packed):
+        size += pixels * _bytes_per_pixel(data, lists.end() + 4, len(part.header["channels"]))
+    if reason := unpacks_to(size, len(data)):
         raise ValueError(reason)
+
+
+_HALF, _TYPE_TO_NEXT = b"\1\0\0\0", 16
+
+
+def _bytes_per_pixel(data: bytes, at: int, count: int) -> int:
+    """Of the `count` channels of the list that begins at an offset: two of half precision, four of the other types."""
+    size = 0
+    for _ in range(count):  # a name up to a zero, the type, and twelve bytes
+        at = data.index(0, at) + 1
+        size += 2 if data[at : at + 4] == _HALF else 4
+        at += _TYPE_TO_NEXT
+    return size
 
 
 def one_map(channels: Mapping[str, np.ndarray], names: Iterable[str]) -> np.ndarray:

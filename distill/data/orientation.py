@@ -46,11 +46,8 @@ def of_map(data: bytes) -> int:
         if data.startswith(b"\x89PNG") and png_may_be_turned(data):
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 return _valid(image.getexif().get(TAG, 1))
-        if data[:4] in (b"II*\0", b"MM\0*"):
-            with Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
-                sizes, _ = tiffs.page_sizes(image)
-                image.seek(max(sizes, key=lambda number: sizes[number][0] * sizes[number][1]))
-                return _valid(image.tag_v2.get(TAG, 1))  # type: ignore[attr-defined]
+        if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+            return _valid(tiffs.first_number(tiffs.tags_of_map(data), TAG, 1))
     except DECODE_ERRORS:
         pass
     return 1

@@ -130,6 +130,18 @@ def _tags(data: bytes, page: int = 0) -> ImageFileDirectory_v2:
     return tags
 
 
+def tags_of_map(data: bytes) -> Mapping[int, Any]:
+    """The tags of the largest picture's page; those of the first where Pillow does not know the samples.
+
+    Raises ValueError, OSError, LookupError, TypeError or struct.error where they cannot be read.
+    """
+    page = 0
+    with contextlib.suppress(Image.UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+        sizes, _ = page_sizes(image)
+        page = max(sizes, key=lambda number: sizes[number][0] * sizes[number][1])
+    return _tags(data, page)
+
+
 def first_number(tags: Mapping[int, Any], tag: int, otherwise: int) -> int:
     """The number of a tag, the first of several."""
     value = tags.get(tag, otherwise)

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
-from distill.data import limits
+from distill.data import exrs, limits
 from distill.data.limits import LIMIT
 from distill.data.maps import BadMapError, decode_map
 
@@ -111,6 +111,22 @@ def test_a_large_map_that_compresses_well_is_read(monkeypatch):
     np.savez_compressed(file, depth=np.repeat(np.arange(2000, dtype=np.float32)[None], 2000, 0))
     monkeypatch.setattr(limits, "_UNSUSPECTED", 1 << 22)
     assert decode_map(file.getvalue(), "a.npz").shape == (2000, 2000)
+
+
+def test_an_exr_counts_half_precision_as_two_bytes(tmp_path, monkeypatch):
+    openexr = pytest.importorskip("OpenEXR")
+    header = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage}
+    planes = {f"L{number}.{name}": np.zeros((10, 20), np.float16) for number in range(6) for name in "ABGR"}
+    parts = [
+        openexr.Part({**header, "name": "beauty"}, planes),
+        openexr.Part({**header, "name": "depth"}, {"Z": np.ones((10, 20), np.float32)}),
+    ]
+    openexr.File(parts).write(str(tmp_path / "a.exr"))
+    data = (tmp_path / "a.exr").read_bytes()
+    claimed = []
+    monkeypatch.setattr(exrs, "unpacks_to", lambda size, packed: claimed.append((size, packed)) or "")
+    assert (decode_map(data, "a.exr") == 1).all()
+    assert claimed == [(200 * (24 * 2 + 4), len(data))]
 
 
 def test_numbers_of_another_file_are_not_opened(tmp_path):

@@ -63,6 +63,13 @@ def test_of_several_pages_the_largest_has_the_tag(tmp_path):
     assert np.array_equal(read_map(tmp_path / "a.tif"), orientation.turn(STORED, 6))
 
 
+@pytest.mark.parametrize("options", [{"bigtiff": True}, {"bigtiff": True, "byteorder": ">"}, {"byteorder": ">"}, {}])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float16, np.float64])
+def test_every_kind_of_tiff_is_turned(tmp_path, options, dtype):
+    tifffile.imwrite(tmp_path / "a.tif", STORED.astype(dtype), extratags=[(274, 3, 1, 6, True)], **options)
+    assert np.array_equal(read_map(tmp_path / "a.tif"), orientation.turn(STORED.astype(dtype), 6))
+
+
 def test_what_a_map_declares_survives_its_turn(tmp_path, monkeypatch):
     packed = STORED.view(Packed)
     packed.factor, packed.offset, packed.unit = 0.001, 0.0, "mm"
