@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# A home folder, a drive or a root, then at least two names. Not the path of a URL, "image/png" or "1/(a d + b)".
+_ROOT = r"(?: ~[\w.-]*[/\\] | [A-Za-z]:[/\\] | / | \\\\ )"
+"""Of a home folder, a drive, a disk or a server. One backslash begins a pattern or a formula, not a place."""
+_NAME = r"""[^\s/\\:;,'"|()<>\[\]{}]+"""
+# A root, then at least two names. Not the path of a URL, "image/png" or "1/(a d + b)".
 _PLACE = re.compile(
-    r"""(?<![\w./\\:~-])  (?: file:// )?  (?: ~[\w.-]* | [A-Za-z]: )?
-        (?: [/\\] [^\s/\\:;,'"|()<>\[\]{}]+ ){2,} [/\\]?""",
+    rf"(?<![\w./\\:~-])  (?: file:// )?  {_ROOT} {_NAME} (?: [/\\] {_NAME} )+ [/\\]?",
     re.VERBOSE,
 )
-_WHOLE = re.compile(r"(?:file://)?(?:~[\w.-]*|[A-Za-z]:)?[/\\](?:[^:\n]|:(?!\s))*|~[\w.-]*")
+_WHOLE = re.compile(rf"(?: file:// )? {_ROOT} (?: [^:\n] | :(?!\s) )* | ~[\w.-]*", re.VERBOSE)
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
