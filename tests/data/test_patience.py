@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ from distill.labelling.run import PartSettings
 def waits(monkeypatch):
     slept = []
     monkeypatch.setattr(patience.time, "sleep", slept.append)
+    monkeypatch.setattr(patience, "_vain", deque(maxlen=patience.VAIN))
     return slept
 
 
@@ -56,6 +58,25 @@ def test_what_stays_is_not(error, waits):
     with pytest.raises(type(error)):
         patiently(Failing(error))
     assert waits == []
+
+
+def test_a_broken_disk_is_not_waited_for_at_each_of_its_photographs(waits, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
+    for _ in range(10_000):
+        with pytest.raises(OSError, match="Input/output"):
+            patiently(Failing(BUSY, BUSY, BUSY))
+    assert len(waits) == 2 * patience.VAIN
+    with pytest.raises(OSError, match="Input/output"):  # the others are read once
+        patiently(Failing(BUSY))
+    now[0] = patience.VAIN_S + 1
+    assert patiently(Failing(BUSY)) == "read" and not patience._vain
+
+
+def test_waiting_that_helps_goes_on(waits):
+    for _ in range(100):
+        assert patiently(Failing(BUSY, BUSY)) == "read"
+    assert len(waits) == 200
 
 
 def test_filter_scores_a_sample_whose_disk_did_not_answer():
