@@ -7,10 +7,12 @@ in the paper; the sample at a position of the training stream still depends on (
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 from torch.utils.data import Dataset
 
 from distill.core.crop_settings import CropSettings
+from distill.data.patience import patiently
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected
 from distill.labelling.annotate import label_photo
 from distill.labelling.jobs import Teachers, asked_about, teachers_for
@@ -85,7 +87,7 @@ class OnlineDataset(Dataset[Sample]):
         asked = teachers_for(teachers, self.networks, origin=self.keys[index])
         index %= len(self.entries)
         reason = ""
-        for candidate in (*range(index, len(self.entries)), *range(index)):
+        for candidate in chain(range(index, len(self.entries)), range(index)):
             if not {*teachers} <= {*self.teachers_of(candidate)}:
                 continue
             if (candidate in self._heldout) != (index in self._heldout):
@@ -94,7 +96,7 @@ class OnlineDataset(Dataset[Sample]):
             draw = visit if self.crops.redraw and visit is not None else draw
             try:
                 sample = label_photo(
-                    entry.load(), asked, crops=self.crops, labels=self.labels, seed=self.seed, draw=draw
+                    patiently(entry.load), asked, crops=self.crops, labels=self.labels, seed=self.seed, draw=draw
                 )
             except BadImageError as error:
                 reason = str(error)

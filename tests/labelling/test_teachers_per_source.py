@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import tracemalloc
 from dataclasses import replace
 
 import pytest
 import torch
 
 from distill.core.depth import Kind
-from distill.data import sources
+from distill.data import patience, sources
 from distill.labelling.bridge import Bridged
 from distill.labelling.online import OnlineDataset
 from distill.labelling.run import TRUTH, LabelSettings, label
@@ -117,6 +119,26 @@ def test_online_knows_the_sources_and_replaces_by_an_image_of_the_same_teachers(
     online.entries[3] = (broken, 0)
     assert online.get(3, ["net"]).image_key.startswith("scene"), "the next that has the network's labels"
     assert online.get(3, ["net"]).key == "scene_000009-0" and len(online.quarantine) == 1
+
+
+def test_online_reads_one_image_of_a_million_and_again_where_its_disk_did_not_answer(mixed, monkeypatch):
+    monkeypatch.setattr(patience, "WAITS_S", (0.0,))
+    online = OnlineDataset(mixed[:1], teachers(), crops=CROPS)
+    first, _ = online.entries[0]
+    failures = [OSError(errno.EIO, "Input/output error")]
+    entry = replace(first, load=lambda: _raise(failures.pop()) if failures else first.load())
+    before, online.entries = online[0], [(entry, 0)] * 10**6
+    tracemalloc.start()
+    try:
+        after = online.get(0, ["net"])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
+    assert torch.equal(after.image, before.image) and not failures and not online.quarantine
+
+
+def _raise(error):
+    raise error
 
 
 def _bad():
