@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -259,6 +260,24 @@ def test_workers_label_what_a_finished_folder_lacks_and_its_status_says_that_ima
     (tmp_path / "sa_1.tar").write_bytes((tmp_path / "sa_0.tar").read_bytes())
     with pytest.raises(ValueError, match="labelled from different images than"):
         work(tars, out)
+
+
+def test_a_copied_or_touched_folder_of_photos_is_compared_and_nothing_labelled_again(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in "abc":
+        (tmp_path / "photos" / f"{name}.png").write_bytes(png(ord(name)))
+    out = tmp_path / "out"
+    work(folders(tmp_path / "photos"), out)
+    made = contents(out)
+    (tmp_path / "disk").mkdir()
+    shutil.copytree(tmp_path / "photos", tmp_path / "disk" / "photos", copy_function=shutil.copyfile)
+    for path in (tmp_path / "photos").iterdir():
+        os.utime(path, (0, 0))
+    for photos in (tmp_path / "photos", tmp_path / "disk" / "photos"):
+        assert changed_since(Folder(out), folders(photos))
+        outcome = work(folders(photos), out, Formula(wait=99))
+        assert (outcome.complete, outcome.parts) == (True, 0) and contents(out) == made
+        assert not changed_since(Folder(out), folders(photos))
 
 
 @pytest.mark.parametrize("same_size", [True, False])
