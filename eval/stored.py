@@ -22,6 +22,7 @@ from distill.core import files
 from distill.core.depth import Kind
 from distill.core.progress import Report
 from distill.data.maps import READ_ERRORS, find_map, read_map
+from distill.data.orientation import of_size
 from distill.data.packing import Gapped
 from distill.eval.benchmarks import BenchmarkSample
 from distill.teachers import Teacher
@@ -147,6 +148,7 @@ def read_prediction(
         raise BadPredictionError("missing") from None
     except OSError as error:
         raise BadPredictionError(str(error)) from error
+    values = values if size is None else of_size(values, path, size)
     if size not in (None, values.shape):
         if image is not None and tuple(image().shape[-2:]) == values.shape:
             raise BadPredictionError(

@@ -23,6 +23,7 @@ from distill.core.depth import DepthMap, Kind, cat
 from distill.core.home import home_expanded
 from distill.core.labels import Labels
 from distill.data.maps import find_map, read_map, stored_stems
+from distill.data.orientation import of_size
 from distill.shards.shards import MANIFEST, LabelDataset
 from distill.teachers import Card, WeightsMissingError, check_images, finite, read_config
 
@@ -51,7 +52,7 @@ class MissingMapError(LookupError):
 class Teacher:
     """Looks up the maps of a folder by key."""
 
-    def __init__(self, find: Callable[[str], DepthMap], card: Card) -> None:
+    def __init__(self, find: Callable[[str, tuple[int, int]], DepthMap], card: Card) -> None:
         self.find = find
         self.card = card
 
@@ -86,7 +87,8 @@ class Teacher:
         images = check_images(images)
         if keys is None or len(keys) != len(images):
             raise ValueError(f"stored maps are looked up: give keys=, one for each of the {len(images)} images")
-        maps = [self.find(key) for key in keys]
+        height, width = images.shape[-2:]
+        maps = [self.find(key, (height, width)) for key in keys]
         for key, depth in zip(keys, maps, strict=True):
             if depth.values.shape[-2:] != images.shape[-2:]:
                 have, want = tuple(depth.values.shape[-2:]), tuple(images.shape[-2:])
@@ -106,7 +108,7 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
         raise ValueError(f"{settings}: kind = {declared!r} is not one of {', '.join(Kind)}")
     map_kind = Kind(kind or declared or "")
 
-    def find(key: str) -> DepthMap:
+    def find(key: str, size: tuple[int, int]) -> DepthMap:
         path = find_map(folder, [_inside(key)])
         if path is None:
             names = ", ".join(f"{stem}.npy" for stem in stored_stems(key))
@@ -115,6 +117,7 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
             array = read_map(path, map_kind.quantity, scale=1.0 if map_kind.unknown == "metric" else None)
         except OSError as error:
             raise ValueError(f"{path} is not a readable map ({error}): predict it again") from error
+        array = of_size(array, path, size)
         return finite(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], map_kind)
 
     return Teacher(find, replace(CARDS[0], weights=str(folder), kind=map_kind, note=str(table.get("model", ""))))
@@ -140,7 +143,7 @@ def _from_shards(folder: Path, teacher: str | None) -> Teacher:
     def labels_at(row: int) -> Labels:
         return dataset[row].labels[name]
 
-    def find(key: str) -> DepthMap:
+    def find(key: str, _size: tuple[int, int]) -> DepthMap:
         sample, _, part = key.partition(".")
         if sample not in rows:
             raise MissingMapError(f"{folder} has no labels for {sample}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,26 @@ def of_map(data: bytes) -> int:
 
 def upright(values: Any, data: bytes) -> Any:
     """A map (H,W) that was read from `data`, turned as the file's tag says; what a subclass declares is kept."""
-    if (tag := of_map(data)) == 1:
+    tag = of_map(data)
+    return values if tag == 1 else _kept(turn(np.asarray(values), tag), values)
+
+
+def of_size(values: np.ndarray, path: Path, size: tuple[int, ...]) -> np.ndarray:
+    """A map that was read from `path`, without its own tag's quarter turn if only so it is (H,W) = `size`.
+
+    Its tag was copied from a photograph then, to a map that was upright already.
+    """
+    if values.shape == size or values.shape[::-1] != size or (tag := of_map(path.read_bytes())) < 5:
         return values
-    turned = np.ascontiguousarray(turn(np.asarray(values), tag)).view(type(values))
+    return _kept(turn_back(np.asarray(values), tag), values)
+
+
+def _kept(turned: np.ndarray, values: Any) -> np.ndarray:
+    """The turned numbers of `values`, with what its class declares."""
+    marked = np.ascontiguousarray(turned).view(type(values))
     for name, value in getattr(values, "__dict__", {}).items():
-        setattr(turned, name, value)
-    return turned
+        setattr(marked, name, value)
+    return marked
 
 
 def _valid(tag: object) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 from distill.data import maps, orientation
 from distill.data.maps import read_map
 from distill.data.packing import Packed
 from distill.data.pairs import read_pairs
+from distill.eval.stored import read_prediction
+from distill.teachers import stored
 
 STORED = (np.arange(1, 41) + 100 * np.arange(30)[:, None]).astype(np.uint16)
 
@@ -50,6 +53,19 @@ def test_a_map_is_read_as_a_viewer_shows_it(tmp_path, name, tag):
 def test_a_tag_that_was_copied_to_an_upright_map_is_passed_over(tmp_path, name, tag):
     upright = np.ascontiguousarray(orientation.turn(STORED, tag))
     assert np.array_equal(pair(tmp_path, name, photo_tag=tag, map_tag=tag, values=upright), upright)
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_a_stored_prediction_of_an_upright_photograph_keeps_its_sides(tmp_path, name, tag):
+    upright = np.ascontiguousarray(orientation.turn(STORED, tag))
+    images = torch.zeros(1, 3, *upright.shape)
+    teacher = stored.Teacher.load(str(tmp_path), kind="affine_disparity")
+    for values in (STORED, upright) if tag >= 5 else (STORED,):
+        write(tmp_path / name, values, tag)
+        read, _ = read_prediction(tmp_path / name, upright.shape)
+        assert np.array_equal(read, upright)
+        assert np.array_equal(teacher.predict(images, keys=["a.jpg"]).values[0].numpy(), upright)
 
 
 def test_a_map_without_a_tag_is_turned_with_its_photograph(tmp_path):
