@@ -1,13 +1,14 @@
 """`distill filter`: every sample of data sets, pairs and labels folders is scored once, and then kept or dropped.
 
-    OUT/NAME.scores.jsonl     a line per sample, in the source's order, with every score; append-only, each is read once
+    OUT/NAME.scores.jsonl     a line per sample, in the source's order, with every score, or why it could not be read
     OUT/NAME.txt              the names that are kept: images.names, or labels.names for a labels folder
     OUT/filter.json           thresholds, counts, reasons, means
     OUT/filter.html           distill.app.filter_page
 
 Scoring streams: worker processes read ahead, lines are written in order, and a killed run resumes after its last
-complete line. Dropping reads scores only, so new thresholds take a second. AnyDepth's rule: first drop samples with
-fewer than 20 % valid pixels; of the rest, per source, drop the lowest 20 % of s_dist and the lowest 20 % of s_grad.
+complete line. A further run reads only samples that could not be read before: a disk that was away costs none of them.
+Dropping reads scores only, so new thresholds take a second. AnyDepth's rule: first drop samples with fewer than 20 %
+valid pixels; of the rest, per source, drop the lowest 20 % of s_dist and the lowest 20 % of s_grad.
 """
 
 from __future__ import annotations
@@ -125,20 +126,19 @@ def worst(text: str) -> tuple[str, float]:
 
 
 class _Chunks(Dataset[list[str]]):
-    """The score lines of a source, CHUNK samples per item."""
+    """The score lines of some samples of a source, CHUNK samples per item."""
 
-    def __init__(self, source: Source, first: int, *, with_image: bool) -> None:
-        self.source, self.first, self.with_image = source, first, with_image
+    def __init__(self, source: Source, numbers: Sequence[int], *, with_image: bool) -> None:
+        self.source, self.numbers, self.with_image = source, numbers, with_image
 
     def __len__(self) -> int:
-        return math.ceil((len(self.source.names) - self.first) / CHUNK)
+        return math.ceil(len(self.numbers) / CHUNK)
 
     def __getitem__(self, chunk: int) -> list[str]:
         if chunk >= len(self):
             raise IndexError(chunk)
-        start = self.first + chunk * CHUNK
-        stop = min(start + CHUNK, len(self.source.names))
-        return [score_line(self.source, number, with_image=self.with_image) for number in range(start, stop)]
+        numbers = self.numbers[chunk * CHUNK : (chunk + 1) * CHUNK]
+        return [score_line(self.source, number, with_image=self.with_image) for number in numbers]
 
 
 def score_line(source: Source, number: int, *, with_image: bool) -> str:
@@ -161,32 +161,56 @@ def score_source(
 ) -> int:
     """Writes OUT/NAME.scores.jsonl, or its missing lines; returns how many samples an earlier call had scored.
 
-    Raises OSError if a write fails; lines that are written stay.
+    Samples that an earlier call could not read are read again. Raises OSError if a write fails; lines that are written
+    stay.
     """
     path = scores_path(out, source)
     head = {"version": VERSION, "source": source.what, "samples": len(source.names), "image_scores": with_image}
     with explain_dead_workers("--workers"), files.raising_write_errors(path), files.only_writer(path):
-        done = _resume(path, head, source)
+        written = _resume(path, head, source)
+        unread = [number for number, record in enumerate(_lines(path)) if "error" in record] if written else []
+        count = done = written - len(unread)
+        lines_again = []
+        for lines in _score_lines(source, unread, workers=workers, with_image=with_image):
+            lines_again += lines
+            count += len(lines)
+            if report:
+                report(count, len(source.names))
+        _replace_lines(path, dict(zip(unread, lines_again, strict=True)))
         with path.open("a", encoding="utf-8") as file:
             if not path.stat().st_size:
                 file.write(json.dumps(head) + "\n")
-            chunks = _Chunks(source, done, with_image=with_image)
-            readers = min(workers, len(chunks))
-            loader: DataLoader[list[str]] = DataLoader(
-                chunks,
-                batch_size=None,
-                num_workers=readers,
-                prefetch_factor=4 if readers else None,
-                worker_init_fn=end_with_parent,
-            )
-            count = done
-            for lines in loader:
+            missing = range(written, len(source.names))
+            for lines in _score_lines(source, missing, workers=workers, with_image=with_image):
                 file.write("".join(f"{line}\n" for line in lines))
                 file.flush()
                 count += len(lines)
                 if report:
                     report(count, len(source.names))
     return done
+
+
+def _score_lines(source: Source, numbers: Sequence[int], *, workers: int, with_image: bool) -> Iterator[list[str]]:
+    """The lines of these samples, in their order, CHUNK at once, from worker processes that read ahead."""
+    chunks = _Chunks(source, numbers, with_image=with_image)
+    readers = min(workers, len(chunks))
+    loader: DataLoader[list[str]] = DataLoader(
+        chunks,
+        batch_size=None,
+        num_workers=readers,
+        prefetch_factor=4 if readers else None,
+        worker_init_fn=end_with_parent,
+    )
+    yield from loader
+
+
+def _replace_lines(path: Path, lines: Mapping[int, str]) -> None:
+    """Replace the lines of these samples, all at once."""
+    if not lines:
+        return
+    with path.open(encoding="utf-8") as old, files.writing(path) as new, new.open("w", encoding="utf-8") as file:
+        file.write(next(old))
+        file.writelines(f"{lines[number]}\n" if number in lines else line for number, line in enumerate(old))
 
 
 def scores_path(out: Path, source: Source) -> Path:

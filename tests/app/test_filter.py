@@ -189,3 +189,24 @@ def test_one_process_at_a_time_scores_a_source(flight, tmp_path, monkeypatch):
     assert filtering.score_source(source, tmp_path) == 0 and other
     names = [json.loads(line)["name"] for line in filtering.scores_path(tmp_path, source).read_text().splitlines()[1:]]
     assert names == list(source.names) and not [path for path in tmp_path.iterdir() if path.name[0] == "."]
+
+
+def test_samples_that_could_not_be_read_are_read_again_by_the_next_run(flight, tmp_path):
+    [source] = open_sources([f"tartanair={flight}"])
+    filtering.score_source(source, tmp_path / "whole")
+    read = []
+
+    def load(number):
+        read.append(number)
+        if len(read) < 12 and number in (3, 10):
+            raise FileNotFoundError(2, "No such file or directory", f"{number}.png")
+        return source.load(number)
+
+    away = filtering.Source(source.name, source.what, source.names, load)
+    assert filtering.score_source(away, tmp_path) == 0
+    assert [*filtering.judge(away, tmp_path, filtering.Rules()).errors] == [3, 10]
+    with filtering.scores_path(tmp_path, source).open("a") as file:
+        file.write('{"name": "a line that a kill')
+    assert filtering.score_source(away, tmp_path) == 9 and read[11:] == [3, 10]
+    expected = filtering.scores_path(tmp_path / "whole", source).read_bytes()
+    assert filtering.scores_path(tmp_path, source).read_bytes() == expected
