@@ -21,6 +21,7 @@ from torch import Tensor
 from distill.core import files
 from distill.core.depth import Kind
 from distill.core.progress import Report
+from distill.core.wording import first_line
 from distill.data.maps import READ_ERRORS, find_map, read_map
 from distill.data.orientation import of_size
 from distill.data.packing import Gapped
@@ -182,7 +183,7 @@ def _damage(path: Path) -> str:
 
 
 def _unreadable(error: Exception) -> str:
-    return f"not a readable .npy ({str(error).splitlines()[0] if str(error) else 'empty'})"
+    return f"not a readable .npy ({first_line(error)})"
 
 
 def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
 from distill.core.standins import fault_of_start
 from distill.core.strictness import mismatches
-from distill.core.wording import did_you_mean
+from distill.core.wording import did_you_mean, first_line
 from distill.students import Student
 from distill.students.modelcard import canonical_rule, page_of
 from distill.students.quantize import fits, may_shrink, pack, unpack
@@ -170,7 +170,7 @@ def load(
     except LookupError as error:
         raise LookupError(f"{folder / DESCRIPTION}: {error}") from error
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder / DESCRIPTION}: {_first_line(error)}") from error
+        raise ValueError(f"{folder / DESCRIPTION}: {first_line(error)}") from error
 
     state = _read_weights(weights_path, description["weights"]["sha256"])
     tensors = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
@@ -331,10 +331,6 @@ def _description_faults(description: Mapping[str, Any]) -> list[str]:
 def read_card(folder: str | Path) -> dict[str, Any]:
     """The card passed to `save`, or an empty one."""
     return dict(describe(folder)["card"])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _images(student: Student) -> dict[str, Any]:

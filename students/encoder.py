@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from distill.core.files import decoded, file_sha256
 from distill.core.strictness import mismatches
 from distill.core.weights import ANY, below_prefix, find_weights, read_state
-from distill.core.wording import shortened
+from distill.core.wording import first_line, shortened
 from distill.students import vggt
 from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
 from distill.students.positions import remember_positions
@@ -338,9 +338,9 @@ def _download(name: str) -> dict[str, Tensor]:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0, **pooling(name))
     except (OSError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(
-            f"timm could not fetch weights for {name} (offline, gated, or none published): {reason.rstrip('.')}. "
+            f"timm could not fetch weights for {name} (offline, gated, or none published): "
+            f"{first_line(error).rstrip('.')}. "
             'Download them yourself and give their path as weights="file.safetensors"'
         ) from error
     return model.state_dict()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.core import crops, files
 from distill.core.optional import optional, require
+from distill.core.wording import first_line
 from distill.students import Student
 from distill.students.export import TRACED, difference, parity, to_program
 from distill.students.onnx_form import for_browser, with_resize, without_antialias
@@ -164,9 +165,8 @@ def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[
         try:
             return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
         except failures as error:
-            reason = str(error).splitlines()[0]
             raise ValueError(
-                f"{named or path}: fails on images {tuple(images.shape)}; do not use it: {reason}"
+                f"{named or path}: fails on images {tuple(images.shape)}; do not use it: {first_line(error)}"
             ) from error
 
     return run

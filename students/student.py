@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from distill.core.depth import Kind
 from distill.core.plugins import find, option_faults
 from distill.core.resample import resize_bilinear
+from distill.core.wording import first_line
 from distill.students.encoder import Encoder, Feature
 
 
@@ -190,4 +191,4 @@ def _construct(plugin: Callable[..., Any], what: str, options: dict[str, Any]) -
     try:
         return plugin(**options)
     except (TypeError, RuntimeError, ZeroDivisionError) as error:  # PyTorch's errors for a negative or a missing number
-        raise ValueError(f"{what} {options}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{what} {options}: {first_line(error)}") from error

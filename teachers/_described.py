@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from distill.core.files import decoded
 from distill.core.weights import WeightsMismatchError, below_prefix, find_weights, read_state
 from distill.teachers._strictly import REPORT_MISMATCHES, load_checked
-from distill.teachers._where import read_config
+from distill.teachers._where import described_by, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,16 +78,13 @@ def described_config(config_class: Any, folder: Path, *, what: str) -> Any:
     file = folder / "config.json"
     read_config(file)  # whose error names this file, and not a copy
     stored = file.read_bytes() if file.is_file() else b""
-    try:
+    with described_by(file, what):
         if (text := decoded(stored)).encode() == stored:
             return config_class.from_pretrained(folder)
         # transformers reads UTF-8 without a mark alone; editors on Windows write a mark, or UTF-16.
         with tempfile.TemporaryDirectory() as plain:
             Path(plain, file.name).write_text(text, encoding="utf-8")
             return config_class.from_pretrained(plain)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise WeightsMismatchError(f"{file} does not describe a {what}: {reason}") from error
 
 
 def build_described(

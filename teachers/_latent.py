@@ -39,6 +39,7 @@ from distill.teachers import (
     resolve,
 )
 from distill.teachers._described import described_config, read_described
+from distill.teachers._where import described_by, whole_number
 
 _log = logging.getLogger(__name__)
 
@@ -118,8 +119,15 @@ def load_parts(
         unet=unet.eval().requires_grad_(False).to(device),
         vae=vae.eval().requires_grad_(False).to(device),
         prompt=prompt.to(device=device, dtype=dtype),
-        index=read_config(folder / "model_index.json"),
+        index=_read_index(folder / "model_index.json"),
     )
+
+
+def _read_index(file: Path) -> dict[str, Any]:
+    """model_index.json, with its defaults as whole numbers."""
+    index = read_config(file)
+    steps, size = "default_denoising_steps", "default_processing_resolution"
+    return index | {steps: whole_number(index, steps, file, least=0), size: whole_number(index, size, file, least=0)}
 
 
 def load_unet(
@@ -165,7 +173,9 @@ def _load_part(
     state = {_OLD_ATTENTION.sub(lambda m: m[1] + _ATTENTION[m[2]] + m[3], key): v for key, v in state.items()}
     # Drawing random weights takes longer than reading the file; those that it may lack are drawn.
     with contextlib.nullcontext() if optional else torch.device("meta"):
-        network = part.from_config(read_config(config / "config.json"))
+        table = read_config(config / "config.json")
+        with described_by(config / "config.json", f"{what} {config.name}"):
+            network = part.from_config(table)
     drawn = {key: tensor for key, tensor in network.state_dict().items() if key.startswith(optional or "\0")}
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in (drawn | state).items()}
     load_strictly(network, state, file, what=what)
@@ -180,7 +190,9 @@ def _empty_prompt(folder: Path, what: str) -> Tensor:
     if not (folder / "tokenizer").is_dir():
         raise WeightsMissingError(f"{folder} has no tokenizer/: complete the folder")
     part = f"{what} text encoder"
-    encoder = CLIPTextModel(described_config(CLIPTextConfig, folder / "text_encoder", what=part))
+    config = described_config(CLIPTextConfig, folder / "text_encoder", what=part)
+    with described_by(folder / "text_encoder" / "config.json", part):
+        encoder = CLIPTextModel(config)
     prefixed = all(key.startswith("text_model.") for key in encoder.state_dict())
     plain = {key.removeprefix("text_model."): tensor.float() for key, tensor in read_state(file).items()}
     plain.pop("embeddings.position_ids", None)
@@ -188,11 +200,8 @@ def _empty_prompt(folder: Path, what: str) -> Tensor:
     load_strictly(encoder, state, file, what=part)
     for table in sorted((folder / "tokenizer").glob("*.json")):
         read_config(table)  # whose error has a class and the file's name: the tokenizer's own is a bare Exception
-    try:
+    with described_by(folder / "tokenizer", "tokenizer of CLIP"):
         tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")("", padding="do_not_pad").input_ids
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise WeightsMismatchError(f"{folder / 'tokenizer'} is not a readable tokenizer of CLIP: {reason}") from error
     with torch.no_grad():
         return encoder.eval()(torch.tensor([tokens])).last_hidden_state
 
@@ -295,5 +304,5 @@ def check_one_step(what: str, steps: int, ensemble: int) -> None:
 
 def default_size(native_size: int | None, parts: Parts) -> int:
     """The native size: `native_size` if set (0: no resizing), else the checkpoint's own default, else 768."""
-    checkpoint_size = parts.index.get("default_processing_resolution")
-    return native_size if native_size is not None else NATIVE if checkpoint_size is None else int(checkpoint_size)
+    checkpoint_size: int | None = parts.index.get("default_processing_resolution")
+    return native_size if native_size is not None else NATIVE if checkpoint_size is None else checkpoint_size

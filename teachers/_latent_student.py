@@ -39,6 +39,7 @@ from distill.teachers import (
 from distill.teachers import _latent as latent
 from distill.teachers._dpt_head import DptHead
 from distill.teachers._trained import TRAINED
+from distill.teachers._where import described_by
 
 FILES = (*latent.FILES, f"{latent.HEAD}/*")
 BASES = ("vae", "text_encoder", "tokenizer")
@@ -168,7 +169,8 @@ def _scheduler(name: str, base: Path, *, zero_snr: bool, **more: Any) -> Any:
 
     base_config = read_config(base / "scheduler" / "scheduler_config.json")
     table = {key: base_config.get(key, value) for key, value in SCHEDULE.items()}
-    return getattr(diffusers, name)(**table, rescale_betas_zero_snr=zero_snr, **more)
+    with described_by(base / "scheduler" / "scheduler_config.json", "scheduler"):
+        return getattr(diffusers, name)(**table, rescale_betas_zero_snr=zero_snr, **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-
 from distill.core.strictness import mismatches, unmatched
 from distill.core.weights import WeightsMismatchError
-from distill.core.wording import shortened
+from distill.core.wording import on_one_line, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -73,9 +71,12 @@ def load_checked(
         library.disable_progress_bar()
     try:
         model, info = build()
-    except (RuntimeError, ValueError, safetensors.SafetensorError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsMismatchError(f"{where} cannot be loaded as a {what} checkpoint: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a description's wrong types raise anything; `where` is the user's file
+        raise WeightsMismatchError(
+            f"{where} cannot be loaded as a {what} checkpoint: {on_one_line(error, most=200)}"
+        ) from error
     finally:
         for library, verbosity, had_bar in zip(libraries, before, bars, strict=True):
             library.set_verbosity(verbosity)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from distill.core import hub
 from distill.core.files import decoded, file_sha256
 from distill.core.home import home_expanded
 from distill.core.weights import INDEX, WeightsMismatchError, WeightsMissingError
+from distill.core.wording import on_one_line
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
@@ -107,3 +109,34 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise WeightsMismatchError(f"{path} holds no JSON table: download it again")
     return table
+
+
+def inner_table(table: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """The table under a key of a JSON file, empty if there is none; WeightsMismatchError if it is no table."""
+    inner = table.get(key)
+    if not isinstance(inner, dict | None):
+        raise WeightsMismatchError(f"{path}: {key} must be a table, not {inner!r:.60}")
+    return inner or {}
+
+
+def whole_number(table: Mapping[str, Any], key: str, path: Path, *, least: int) -> int | None:
+    """The number under a key of a JSON file, None if there is none; WeightsMismatchError unless it is `least` or more.
+
+    A number that is written as text or with a point (768.0) is taken.
+    """
+    value = table.get(key)
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if value is None or int(value) >= least:
+            return None if value is None else int(value)
+    raise WeightsMismatchError(f"{path}: {key} must be a whole number of at least {least}, not {value!r:.60}")
+
+
+@contextlib.contextmanager
+def described_by(file: Path | str, what: str) -> Iterator[None]:
+    """Convert what a library raises for the content of `file`, which others wrote, to a WeightsMismatchError."""
+    try:
+        yield
+    except (WeightsMismatchError, WeightsMissingError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - text in the place of a table may raise anything
+        raise WeightsMismatchError(f"{file} does not describe a {what}: {on_one_line(error, most=160)}") from error

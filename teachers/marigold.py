@@ -49,6 +49,7 @@ from distill.teachers._latent import (
     run_unet,
 )
 from distill.teachers._trained import trained_card
+from distill.teachers._where import described_by
 
 MEMBERS_AT_ONCE = 4  # on an accelerator; one on a CPU, as the authors do, for a bitwise equal ensemble
 
@@ -93,7 +94,7 @@ class Teacher:
     ) -> None:
         check_resize(resize, native_size, zero_is_given=True)
         self.scheduler = scheduler
-        self.steps = steps if steps is not None else int(parts.index.get("default_denoising_steps") or 4)
+        self.steps = steps if steps is not None else parts.index.get("default_denoising_steps") or 4
         consistency = self._draws_between_steps
         if self.steps < 1 or (consistency and self.steps > 4):
             raise ValueError(f"steps must be {'1 to 4' if consistency else 'at least 1'}, not {self.steps}")
@@ -212,4 +213,5 @@ def load_scheduler(folder: Path) -> Any:
     name = table.get("_class_name")
     if name not in ("DDIMScheduler", "LCMScheduler"):
         raise WeightsMismatchError(f"{file}: Marigold is sampled with DDIMScheduler or LCMScheduler, not {name}")
-    return getattr(diffusers, name).from_config(table)
+    with described_by(file, "Marigold's scheduler"):
+        return getattr(diffusers, name).from_config(table)

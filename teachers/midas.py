@@ -31,6 +31,7 @@ from distill.teachers import (
 )
 from distill.teachers._described import build_described, described_config, read_either
 from distill.teachers._resize import resize_cubic
+from distill.teachers._where import inner_table
 
 MULTIPLE = 32  # patches of 16, and a decoder level at half of them
 
@@ -139,7 +140,7 @@ def _described_config(folder: Path) -> Any:
     from transformers import DPTConfig
 
     described = read_config(folder / "config.json")
-    backbone = (described.get("backbone_config") or {}).get("model_type")
+    backbone = inner_table(described, "backbone_config", folder / "config.json").get("model_type")
     if (described.get("model_type"), backbone) != ("dpt", "beit"):
         raise WeightsMismatchError(
             f"{folder / 'config.json'} describes a {described.get('model_type')} model on {backbone}: MiDaS v3.1 here "

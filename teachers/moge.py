@@ -37,6 +37,7 @@ from distill.teachers import (
 from distill.teachers._da3_network import NetworkLayout
 from distill.teachers._dino import PATCH
 from distill.teachers._moge_network import Network, view_plane
+from distill.teachers._where import described_by
 
 NATIVE = 840
 """The side of a square of 3600 patches, the maximum of the authors' range and their default."""
@@ -116,17 +117,11 @@ class Teacher:
         state = {key: tensor for key, tensor in state.items() if key != "encoder.backbone.mask_token"}
         if isinstance(description.get("encoder"), str):
             raise WeightsMismatchError(f"{file} is of MoGe-1, by its model_config: take a MoGe-2 checkpoint")
-        try:
+        with described_by(f"{file}: its model_config", "MoGe-2 that is known here"):
             network = Network(_layout(state, description, file), description)
-        except WeightsMismatchError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise WeightsMismatchError(
-                f"{file}: its model_config is of no MoGe-2 that is known here: {error}"
-            ) from error
+            max_tokens = max(description.get("num_tokens_range", (0, (NATIVE / PATCH) ** 2)))
+            size = native_size or round(PATCH * max_tokens**0.5)
         load_strictly(network, state, file, what="MoGe-2")
-        max_tokens = max(description.get("num_tokens_range", (0, (NATIVE / PATCH) ** 2)))
-        size = native_size or round(PATCH * max_tokens**0.5)
         kind = Kind.METRIC_DEPTH if hasattr(network, "scale_head") else Kind.SCALE_DEPTH
         card = replace(card_for(CARDS, weights), revision=revision_of(file), native_size=size, kind=kind)
         network = network.eval().to(device=device, dtype=dtype)

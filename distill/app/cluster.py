@@ -22,7 +22,7 @@ from distill.app.console import note, progress, table
 from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse, trusted
 from distill.core.progress import Report
-from distill.core.wording import counted
+from distill.core.wording import counted, first_line
 from distill.labelling.run import LabelOutcome
 from distill.labelling.run_status import RunStatus, run_status
 from distill.labelling.worker import MadePart
@@ -178,7 +178,7 @@ class _Workers:
                 node, duration, result = ray.get(call)
             except ray.exceptions.RayTaskError as error:
                 self.failed = error.as_instanceof_cause()
-                note(f"a worker failed: {str(error.cause).splitlines()[0]}")
+                note(f"a worker failed: {first_line(error.cause)}")
                 continue
             except ray.exceptions.RayActorError:
                 self.console.died += 1

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distill.core import files
 from distill.core.progress import Report
+from distill.core.wording import first_line
 from distill.data.patience import patiently
 from distill.data.photos import BadImageError
 from distill.data.quality import SCORES, depth_scores, image_scores
@@ -152,7 +153,7 @@ def score_line(source: Source, number: int, *, with_image: bool) -> str:
         scores |= sample.more
         line |= {name: round(value, 6) for name, value in scores.items() if math.isfinite(value)}
     except (BadImageError, OSError, ValueError, LookupError) as error:
-        line["error"] = (str(error) or type(error).__name__).splitlines()[0]
+        line["error"] = first_line(error)
     return json.dumps(line, ensure_ascii=False)
 
 

@@ -16,6 +16,7 @@ from distill.core.plugins import find
 from distill.teachers import _latent_student, find_weights, read_config
 from distill.teachers._latent_student import LatentStudent
 from distill.teachers._trained import TRAINED
+from distill.teachers._where import inner_table
 from distill.training.latent import LatentTask
 from distill.training.latent_cache import LatentCache
 
@@ -87,7 +88,8 @@ def load_teacher(folder: Path, **options: Any) -> Any:
 
 def base_licence(weights: str) -> dict[str, Any]:
     """The base's licence for the card: from its own card if it was trained here, else by its hub id."""
-    card = read_config(home_expanded(weights) / TRAINED).get("card") or {}
+    file = home_expanded(weights) / TRAINED
+    card = inner_table(read_config(file), "card", file)
     if card:
         return {
             "weights": weights,

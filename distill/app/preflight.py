@@ -24,7 +24,7 @@ from distill.app.recipe import Recipe
 from distill.app.sample_checks import sample_findings
 from distill.core import machine
 from distill.core.findings import Finding, Level
-from distill.core.wording import counted
+from distill.core.wording import counted, first_line
 from distill.eval.completeness import check_benchmark
 from distill.labelling.annotate import label_photo
 from distill.labelling.jobs import TRUTH
@@ -127,7 +127,7 @@ def _try(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:
     try:
         return work()
     except _FAULTS as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         findings.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not checked"))
         return None
 

@@ -34,6 +34,7 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from PIL import Image
 
+from distill.core.wording import first_line
 from distill.data.photos import BadImageError
 from distill.inference.api import Depth, Model
 from distill.inference.solid import FOV
@@ -173,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (BadImageError, ValueError, OSError) as error:
             self._fault(400, str(error))
         except (RuntimeError, MemoryError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             self._fault(500, f"the model failed on this photo: {reason}")
         else:
             self._send(200, json.dumps(about).encode(), ".json")

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from distill.core.wording import first_line, on_one_line
+
 
 class HubError(OSError):
     """A repository is not available; the message is a clause that says why and what to do."""
@@ -58,9 +60,8 @@ def _hub_errors(repository: str, *, writing: bool = False) -> Iterator[None]:
         ) from error
     except (OSError, errors.HfHubHTTPError) as error:
         if writing:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise HubError(
-                f"{repository} was not uploaded: {reason}; is `hf auth login` done, and is it yours?"
+                f"{repository} was not uploaded: {first_line(error)}; is `hf auth login` done, and is it yours?"
             ) from error
         raise HubError(
             f"the Hugging Face hub cannot be reached (offline?); where it can, `hf download {repository}`, then give "
@@ -107,9 +108,9 @@ def card_metadata(path: Path) -> dict[str, Any]:
     try:
         metadata = huggingface_hub.metadata_load(path)
     except (OSError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(on_one_line(error)) from error
     except Exception as error:  # noqa: BLE001  the YAML parser's error class is not known here
-        raise ValueError(f"its front matter is no YAML ({' '.join(str(error).split())[:120]})") from error
+        raise ValueError(f"its front matter is no YAML ({on_one_line(error, most=120)})") from error
     if not metadata:
         raise ValueError("it has no front matter")
     return dict(metadata)

@@ -24,7 +24,7 @@ import safetensors
 
 from distill.core import records, standins
 from distill.core.files import decoded
-from distill.core.wording import shortened
+from distill.core.wording import first_line, shortened
 
 # This module is also imported to read teachers' names, without waiting for torch.
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _read(path: Path) -> Any:
             with path.open("rb") as file:  # opened, because torch would infer a format from a .safetensors name
                 return torch.load(file, map_location="cpu", weights_only=True)
     except _READ_ERRORS as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        reason = first_line(error, most=160)
         if isinstance(error, pickle.UnpicklingError):  # torch's own message recommends unsafe loading
             global_name = re.search(r"GLOBAL (\S+)", str(error))
             content = f"a pickled {global_name[1]}" if global_name else "more than tensors in it"

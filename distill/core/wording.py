@@ -1,4 +1,4 @@
-"""Phrases that messages share: counted nouns, long lists cut short, "did you mean"."""
+"""Phrases that messages share: counted nouns, long lists cut short, "did you mean", other libraries' errors."""
 
 from __future__ import annotations
 
@@ -35,3 +35,21 @@ def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     best = ratio(near[0])
     nearest = sorted(candidate for candidate in near if ratio(candidate) == best)
     return f"; did you mean {' or '.join(prefix + candidate for candidate in nearest)}?"
+
+
+def first_line(error: BaseException, *, most: int | None = None) -> str:
+    """The first line that is not blank of an error's text, at most `most` characters; without one, its class's name.
+
+    Libraries put a hint or a list on further lines, and raise errors without a text.
+    """
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line[:most]
+
+
+def on_one_line(error: BaseException, *, most: int | None = None) -> str:
+    """An error's whole text on one line, at most `most` characters, for one whose reason is on a further line.
+
+    A KeyError's text is only the key, so its class's name stands before it, as it does in place of an empty text.
+    """
+    text = " ".join(str(error).split())
+    return (f"{type(error).__name__} {text}".strip() if isinstance(error, KeyError) or not text else text)[:most]

@@ -33,6 +33,7 @@ import numpy as np
 from PIL import Image
 
 from distill.core import signatures
+from distill.core.wording import first_line
 from distill.data import damage, exrs, hdf5s, limits, mats, orientation, packing, rgba_floats, tiffs
 from distill.data.photos import DECODE_ERRORS
 
@@ -140,7 +141,7 @@ def _unreadable(kind: str, error: BaseException) -> str:
         return f"not a readable .{kind} (pickled Python objects, which are not loaded: save only the array of numbers)"
     if any(words in str(error) for words in _CUT):
         return f"not a readable .{kind} (truncated: its end is missing)"
-    return f"not a readable .{kind} ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
+    return f"not a readable .{kind} ({first_line(error, most=160)})"
 
 
 def _plane(values: Any, scale: float | None = 1.0) -> np.ndarray:

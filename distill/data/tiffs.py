@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from distill.core.wording import first_line
 from distill.data import packing
 from distill.data.colour import UnusablePixelsError
 from distill.data.limits import unpacks_to
@@ -97,7 +98,7 @@ def by_libtiff(data: bytes) -> Image.Image:
     try:
         pixels = numbers(data)
     except (ValueError, RuntimeError, OSError, IndexError) as error:
-        raise UnusablePixelsError(f"{what}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from error
+        raise UnusablePixelsError(f"{what}: {first_line(error)}") from error
     if pixels.ndim == 3 and first_number(tags, 284, 1) == 2:
         pixels = np.moveaxis(pixels, 0, -1)
     pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels

@@ -26,6 +26,7 @@ from av.sidedata.sidedata import Type as DataType
 from av.stream import Disposition
 
 from distill.core import files, signatures
+from distill.core.wording import first_line
 from distill.data import hdr
 from distill.data.photos import BadImageError
 
@@ -347,7 +348,7 @@ def _codec_name(path: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error).splitlines()[0][:120]
+    return str(getattr(error, "strerror", None) or first_line(error))[:120]
 
 
 _MP4V_SIDE = 8190  # MPEG-4 has 13 bits per side; an 8K film beside its depth map is wider

@@ -19,6 +19,7 @@ from torch import Tensor
 from distill.core.codes import CodedMaps
 from distill.core.crop_settings import CropSettings
 from distill.core.depth import DepthMap, Kind
+from distill.core.wording import first_line
 from distill.data.corruptions import Corruptions
 from distill.data.sources import BadImageError, Photo, Rejected
 from distill.labelling.alignment import Aligned
@@ -141,7 +142,7 @@ class BatchQueue:
                 if scarce:
                     raise TeacherFailedError(f"{name} does not have enough memory for one crop: {error}") from error
                 waiting, slot = crops[0]
-                line = (str(error) or type(error).__name__).splitlines()[0]
+                line = first_line(error)
                 waiting.problem = waiting.problem or f"{name} failed on {_context(slot)}: {line}"
                 return None
         # Not in the except block: the error's traceback keeps the batch's tensors on the device.

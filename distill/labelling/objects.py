@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import files
+from distill.core.wording import first_line
 from distill.labelling.leases import BEATS, LEASE_S, NOTES, SUFFIX, Claim, Holder, LeaseLostError
 from distill.labelling.manifest import sidecar_name
 from distill.labelling.meeting import AGE, LAST, SPENT
@@ -133,7 +134,7 @@ class _Store:
             raise self._error(error) from error
 
     def _error(self, error: Exception) -> OSError:
-        line = (str(error) or type(error).__name__).splitlines()[0]
+        line = first_line(error)
         return OSError(f"{self.url} cannot be reached: {line}; files already sent are kept: run again")
 
 
@@ -367,4 +368,4 @@ def _open(url: str) -> Any:
     try:
         return from_url(url)
     except (obstore.exceptions.BaseError, ValueError) as error:
-        raise ValueError(f"{url} cannot be opened: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{url} cannot be opened: {first_line(error)}") from error

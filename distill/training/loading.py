@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distill.core import machine
 from distill.core.threads import one_thread
+from distill.core.wording import first_line
 from distill.shards.codec import Sample
 from distill.shards.features import FeatureStore, stacked
 from distill.training.batches import (
@@ -258,7 +259,7 @@ def explain_dead_workers(option: str = "train.workers") -> Iterator[None]:
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
-        raise OSError(_dead_worker_message(str(error).splitlines()[0], option)) from error
+        raise OSError(_dead_worker_message(first_line(error), option)) from error
 
 
 def _measure(item: Any) -> tuple[int, int]:

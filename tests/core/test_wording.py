@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distill.core.wording import counted, did_you_mean, shortened
+from distill.core.wording import counted, did_you_mean, first_line, on_one_line, shortened
 
 
 def test_nouns_agree_with_their_number():
@@ -28,3 +28,11 @@ def test_names_that_are_equally_near_are_all_suggested():
     for known in (["table1", "table2", "other"], ["table2", "other", "table1", "table2"]):
         assert did_you_mean("table3", known) == "; did you mean table1 or table2?"
     assert did_you_mean("table1", ["table1x", "table2"]) == "; did you mean table1x?"
+
+
+def test_an_error_is_said_on_one_line_even_without_a_text():
+    assert first_line(ValueError("\n  the reason \n a hint")) == "the reason"
+    assert first_line(RuntimeError("long"), most=2) == "lo"
+    assert first_line(AssertionError()) == on_one_line(AssertionError()) == "AssertionError"
+    assert on_one_line(TypeError("field 'a':\n   is text"), most=15) == "field 'a': is t"
+    assert on_one_line(KeyError("gelu9")) == "KeyError 'gelu9'"

@@ -78,7 +78,10 @@ def test_weights_are_claimed_one_by_one(made, tmp_path):
     for content, words in (
         ({"model": without, "model_config": description}, "lacks neck.res_blocks.1.0.layers.2.bias"),
         ({"model": state | {"other": torch.ones(1)}, "model_config": description}, "has unknown other"),
-        ({"model": state, "model_config": strange}, "no MoGe-2 that is known here: a resampler of kind 'max_pool'"),
+        (
+            {"model": state, "model_config": strange},
+            "does not describe a MoGe-2 that is known here: a resampler of kind 'max_pool'",
+        ),
         ({"model": state}, "model.pt has no model_config"),
     ):
         torch.save(content, tmp_path / "model.pt")
