@@ -126,7 +126,7 @@ def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> No
     pairs += [(f"labels.{name}", value, label_content.get(name)) for name, value in recipe.labels.content.items()]
     if changed := [name for name, now, before in pairs if now != before]:
         raise RecipeError(
-            f"{folder} was labelled with another {', '.join(changed)} than this recipe's (its manifest.json has the "
+            f"{folder} was labelled with other {', '.join(changed)} than this recipe's (its manifest.json has the "
             "recipe that made it): give the recipe those settings, or point labels.root elsewhere"
         )
 

@@ -54,7 +54,7 @@ def test_labels_of_images_that_moved_are_told_of_and_used(path, tmp_path, capsys
     assert main(["label", str(path), *(word for one in use for word in ("--set", one))]) == 0
     assert {file.name: file.stat().st_mtime_ns for file in old.iterdir()} == before
     assert len(build.training_labels(recipe.load(path, use))) == 5
-    with pytest.raises(RecipeError, match="labelled with another crops than"):
+    with pytest.raises(RecipeError, match="labelled with other crops than"):
         build.training_labels(recipe.load(path, [*use, "crops.overlap=0.2"]))
 
 
@@ -71,7 +71,7 @@ def test_other_files_are_not_taken_for_them(path, tmp_path, change):
         shutil.rmtree(pics)
     else:
         pics = pics.rename(tmp_path / "two" / "photos")
-    with pytest.raises(RecipeError, match="labelled with another images than"):
+    with pytest.raises(RecipeError, match="labelled with other images than"):
         build.training_labels(recipe.load(path, [f"images.0.photos={pics}", f"labels.root={old}"]))
 
 

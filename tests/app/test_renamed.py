@@ -88,7 +88,7 @@ def test_old_labels_are_learnt_from_and_mended(old_labels, capsys):
     assert verify(folder) == []
     here = [f"labels.root={folder}"]
     assert len(build.training_labels(recipe.load(path, here))) == 14
-    with pytest.raises(RecipeError, match="of-old was labelled with another crops, run.seed than this recipe's"):
+    with pytest.raises(RecipeError, match="of-old was labelled with other crops, run.seed than this recipe's"):
         build.training_labels(recipe.load(path, [*here, "crops.overlap=0.2", "run.seed=3"]))
     before = {name: data for name, data in contents(folder).items() if name.endswith(".tar")}
     flip(sorted(folder.glob("*.tar"))[1], 3000)
