@@ -202,8 +202,8 @@ def _empty_prompt(folder: Path, what: str) -> Tensor:
         read_config(table)  # whose error has a class and the file's name: the tokenizer's own is a bare Exception
     with described_by(folder / "tokenizer", "tokenizer of CLIP"):
         tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")("", padding="do_not_pad").input_ids
-    with torch.no_grad():
-        return encoder.eval()(torch.tensor([tokens])).last_hidden_state
+        with torch.no_grad():  # refuses a token that the encoder does not know
+            return encoder.eval()(torch.tensor([tokens])).last_hidden_state
 
 
 def resize_long_side(images: Tensor, size: int, *, least: int = 1) -> Tensor:

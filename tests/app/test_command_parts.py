@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import distill
-from distill.app import commands
+from distill.app import build, commands
 from distill.app.recipe import parse
 from distill.app.strict import RecipeError
 from distill.labelling.run import LabelOutcome
@@ -170,3 +171,15 @@ def test_training_looks_at_its_labels_its_files_and_its_disk_first(monkeypatch, 
         commands._train(SimpleNamespace())
     said = capsys.readouterr().err
     assert "labels: 1 GB of 9 GB" in said and "few images a batch" in said and opened
+
+
+def test_a_start_with_a_decoder_of_a_file_is_compared_by_the_files_name(tmp_path):
+    def recipe(name):
+        (tmp_path / name).write_text((Path(distill.__file__).parent / "students/decoders/sdt.py").read_text())
+        table = {"encoder": "test_vit", "decoder": str(tmp_path / name), "init_from": "start"}
+        return parse({"run": {"name": "r"}, "student": table}, uses=["student"])
+
+    spec = {"encoder": "test_vit", "encoder_options": {}, "decoder": "/other/mine.py", "decoder_options": {}}
+    build._check_start(recipe("mine.py"), SimpleNamespace(spec=dict(spec)))
+    with pytest.raises(RecipeError, match=r"student.decoder: student.init_from = start already has mine; leave it out"):
+        build._check_start(recipe("yours.py"), SimpleNamespace(spec=dict(spec)))

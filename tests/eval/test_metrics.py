@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -207,3 +208,17 @@ def test_maps_of_different_shapes_are_not_compared(measured):
     for maps in [*wrong, (pred, target, valid.long())]:
         with pytest.raises(ValueError, match="of one shape|valid must be bool"):
             measured(*maps)
+
+
+@pytest.mark.parametrize("fault", [{"task": "normals"}, {"mode": "dirty"}, {"space": "depth"}])
+def test_a_protocol_of_no_known_task_mode_or_space_is_refused(fault):
+    ((name, value),) = fault.items()
+    with pytest.raises(ValueError, match=f"a protocol's {name} must be .*, not '{value}'"):
+        Protocol(benchmark="maps", **fault)
+
+
+def test_a_protocols_setting_is_its_id_without_the_alignment():
+    plain, fitted = (Protocol(benchmark="maps", alignment=words) for words in ("", "scale and shift"))
+    assert plain.id != fitted.id and plain.setting == fitted.setting == plain.id
+    assert re.fullmatch("[0-9a-f]{12}", plain.id) and Protocol(benchmark="maps", num_images=1).setting != plain.setting
+    assert plain.as_dict()["max_depth"] == "inf"

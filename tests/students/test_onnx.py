@@ -342,3 +342,22 @@ def test_every_precision_is_written_with_its_resize_and_checked(tmp_path, monkey
     found = onnx_graph.run_onnx(tmp_path / "m.onnx")(photos[0].permute(1, 2, 0).contiguous())
     expected = onnx_graph.at_native(student, network, photos[0])
     assert float((found - expected).abs().mean() / expected.std()) < {32: 1e-4, 16: 5e-3, 8: 0.2}[bits]
+
+
+def test_a_constant_becomes_a_weight_and_is_halved_and_one_of_another_form_stays(tmp_path):
+    tensor = onnx.numpy_helper.from_array(np.float32(3), "")
+    nodes = [
+        ("Constant", [], "three", {"value": tensor}),
+        ("Constant", [], "two", {"value_float": 2.0}),
+        ("Mul", ["images", "three"], "tripled", {}),
+        ("Mul", ["tripled", "two"], "sixfold", {}),
+        ("Gather", ["sixfold", "first"], "disparity", {"axis": 1}),
+    ]
+    net = graph(nodes, {"first": np.int64(0)})
+    prepared = onnx_precision._prepared(net)
+    assert [node.op_type for node in prepared.graph.node] == ["Constant", "Mul", "Mul", "Gather"]
+    assert {t.name for t in prepared.graph.initializer} == {"first", "three"}
+    assert len(net.graph.node) == 5 and not net.graph.node[0].name, "the given graph is unchanged"
+    half = onnx_precision.to_float16(net, [torch.ones(1, 3, 4, 4)])
+    assert {t.name: t.data_type for t in half.graph.initializer}["three:half"] == onnx.TensorProto.FLOAT16
+    assert run(half, tmp_path, torch.ones(1, 3, 4, 4)).tolist() == [[[6.0] * 4] * 4]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from distill.core.depth import Kind
 from distill.teachers import WeightsMismatchError, _dino, moge
+from distill.teachers._moge_network import Network
 from tests.golden import weights_rule
 from tests.teachers.asking import IMAGES, load, one_line
 
@@ -88,3 +90,19 @@ def test_weights_are_claimed_one_by_one(made, tmp_path):
         with pytest.raises(WeightsMismatchError, match=words) as error:
             moge.Teacher.load(str(tmp_path))
         one_line(error)
+
+
+def test_each_remapping_of_points_is_the_authors_and_another_is_refused():
+    point = torch.tensor([0.5, -0.25, 0.75])
+    x, y, z = point.double().tolist()
+    expected = {
+        "linear": [x, y, z],
+        "sinh": [math.sinh(x), math.sinh(y), math.sinh(z)],
+        "exp": [x * math.exp(z), y * math.exp(z), math.exp(z)],
+        "sinh_exp": [math.sinh(x), math.sinh(y), math.exp(z)],
+    }
+    for remap, values in expected.items():
+        found = Network._remapped(SimpleNamespace(remap=remap), point.view(1, 1, 1, 3))
+        assert found.flatten().tolist() == pytest.approx(values, rel=1e-6), remap
+    with pytest.raises(ValueError, match="an output remapped by 'log'"):
+        Network(None, {"remap_output": "log"})

@@ -26,6 +26,7 @@ WRONG = (
     ("marigold", "unet/config.json", "block_out_channels", "wide"),
     ("marigold", "text_encoder/config.json", "hidden_size", {}),
     ("marigold", "scheduler/scheduler_config.json", "num_train_timesteps", "many"),
+    ("marigold", "tokenizer/tokenizer_config.json", "bos_token", "text"),
     ("marigold", "model_index.json", "default_denoising_steps", "few"),
     ("marigold", "model_index.json", "default_processing_resolution", [768]),
 )
@@ -43,10 +44,7 @@ def test_a_wrong_type_is_one_line_that_names_the_file(made, copy, name, file, ke
     path.write_text(json.dumps(table))
     with pytest.raises(WeightsMismatchError) as error:
         find("distill.teachers", name).Teacher.load(str(path.parents[file.count("/")]), **made(name)[1])
-    text = one_line(error)
-    assert (
-        str(path) in text or (str(path.parent) in text and "config.json" in text) or key == "backbone_config.hidden_act"
-    )
+    assert str(path.parent) in one_line(error)
 
 
 def test_numbers_as_text_and_an_unknown_name_of_the_model_are_taken(made, copy):

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from distill.app.cli import main
-from distill.training.diagnose import check_run
+from distill.training.diagnose import _ends, check_run
 
 
 def write(folder, *, steps=100, settings=None, extra=(), normalization="hybrid", **columns):
@@ -107,3 +107,11 @@ def test_contexts_are_those_of_the_normalization_and_a_file_of_one_is_not_run(tm
     ):
         run = write(tmp_path / str(number), normalization=name, dead=lambda t: 2.0)
         assert any(f"contexts: {says}" in finding.what for finding in check_run(run)), name
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "first", "last"),
+    [(100, 10, range(10, 28), range(82, 100)), (12, 2, range(2, 5), range(9, 12)), (10, 0, range(3), range(7, 10))],
+)
+def test_the_ends_are_a_fifth_after_the_warmup_and_at_least_three_steps(steps, warmup, first, last):
+    assert _ends(range(steps), warmup) == (first, last)
