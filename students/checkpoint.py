@@ -20,10 +20,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-import distill
 from distill import students
 from distill.core import files, hub
 from distill.core.files import file_sha256
+from distill.core.folders import LATENT, POCKET, pocket
 from distill.core.home import home_expanded
 from distill.core.plugins import allowed, is_path, origins
 from distill.core.seal import KEY as SEAL
@@ -43,9 +43,6 @@ WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
 EXPORTS = ("model.onnx", "model.pt2", "index.html", "config.json", "preprocessor_config.json")
 """Made from the weights (students.export, onnx_graph, to_transformers): a new save removes old ones."""
 
-LATENT = "distill.json"
-"""The file that a latent network's folder holds instead (distill.teachers._trained.TRAINED)."""
-EMBEDDED = "pocket"
 OF_A_RUN = Path("train", "student")
 """Where `distill train` leaves a run's student, below the run's folder."""
 
@@ -198,14 +195,14 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
     A hub id is downloaded once, by huggingface_hub, where no such folder exists; revision: its branch, tag or commit.
     Raises FileNotFoundError or OSError in one line if there is none, or no network.
     """
-    if name == EMBEDDED:
-        return Path(distill.__file__).parent / "assets" / EMBEDDED
+    if name == POCKET:
+        return pocket()
     folder = located(name)
     if folder.exists() or isinstance(name, Path):
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise FileNotFoundError(
-            f'{name}: no such folder; give a student\'s folder, "{EMBEDDED}", or OWNER/NAME on the hub'
+            f'{name}: no such folder; give a student\'s folder, "{POCKET}", or OWNER/NAME on the hub'
         )
     try:
         return hub.download(name, files=[WEIGHTS, DESCRIPTION, CARD], revision=revision)

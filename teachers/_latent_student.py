@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from distill.core import files
 from distill.core.depth import Kind
+from distill.core.folders import LATENT
 from distill.core.strictness import mismatches
 from distill.students.modelcard import latent_card
 from distill.teachers import (
@@ -38,7 +39,6 @@ from distill.teachers import (
 )
 from distill.teachers import _latent as latent
 from distill.teachers._dpt_head import DptHead
-from distill.teachers._trained import TRAINED
 from distill.teachers._where import described_by
 
 FILES = (*latent.FILES, f"{latent.HEAD}/*")
@@ -249,7 +249,7 @@ def save(student: LatentStudent, folder: str | Path, *, card: Mapping[str, Any] 
     kept.
     """
     folder, card = Path(folder), dict(card or {})
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / TRAINED).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / LATENT).is_file():
         raise FileExistsError(f"{folder}: holds something else; a student is only saved to a folder of its own")
     base = student.fixed.base
     with files.writing_folder(folder) as new:
@@ -277,7 +277,7 @@ def save(student: LatentStudent, folder: str | Path, *, card: Mapping[str, Any] 
             "base_revision": revision_of(base),
             "card": card,
         }
-        (new / TRAINED).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / LATENT).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         page = latent_card(folder.name, card, teacher=student.teacher, kind=student.kind)
         (new / "README.md").write_text(page, encoding="utf-8")
     return folder
@@ -293,7 +293,7 @@ def _write_unet(unet: Any, folder: Path) -> None:
 
 def describe(folder: Path) -> dict[str, Any]:
     """The content of distill.json; raises WeightsMissingError if the folder is not a student trained here."""
-    description = read_config(folder / TRAINED)
+    description = read_config(folder / LATENT)
     if not description:
-        raise WeightsMissingError(f"{folder} has no {TRAINED}: it was not trained here")
+        raise WeightsMissingError(f"{folder} has no {LATENT}: it was not trained here")
     return description

@@ -7,17 +7,16 @@ its patch; bilinear with antialias. The map is resized back to the image's size 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-import distill
 from distill.core import crops
 from distill.core.crops import native_shape
 from distill.core.depth import DepthMap, Kind
 from distill.core.focal import factor, resized
+from distill.core.folders import POCKET, pocket
 from distill.teachers import Card, WeightsMissingError, check_images, check_resize, finite, revision_of
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 CARDS: tuple[Card, ...] = (
     Card(
         name="checkpoint",
-        weights="pocket",
+        weights=POCKET,
         kind=Kind.AFFINE_DISPARITY,
         licence="research and demonstration only",
         code_licence="Apache-2.0",
@@ -35,11 +34,6 @@ CARDS: tuple[Card, ...] = (
         note="the small student that ships with this project; its training data forbids more",
     ),
 )
-
-
-def pocket() -> Path:
-    """The folder of the student that ships with the project."""
-    return Path(distill.__file__).parent / "assets" / "pocket"
 
 
 class Teacher:
@@ -76,7 +70,7 @@ class Teacher:
         from distill.students import checkpoint  # imports timm, too slow for `distill list`
 
         check_resize(resize, native_size)
-        folder = pocket() if weights == "pocket" else checkpoint.located(weights)
+        folder = pocket() if weights == POCKET else checkpoint.located(weights)
         if not folder.exists():
             raise WeightsMissingError(
                 f'weights {weights!r}: no such folder; give one that `distill train` wrote, or "pocket"'

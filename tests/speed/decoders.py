@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from distill.core.folders import pocket
 from distill.core.plugins import find
 from distill.eval.verdict import interval
 from distill.students import checkpoint
 from distill.students.encoder import Encoder
-from distill.teachers.checkpoint import pocket
 from tests.speed import decoder_ideas, memory
 from tests.speed.equal_training import fit, gather, held_out, judge
 

@@ -63,9 +63,9 @@ def _teachers() -> None:
     from itertools import groupby
 
     from distill.app.console import note, table
+    from distill.core.folders import pocket
     from distill.core.plugins import names
     from distill.teachers import cached_revision, revision_of
-    from distill.teachers.checkpoint import pocket
 
     cards = [card for name in names("distill.teachers") for card in _cards(name)]
     cards.sort(key=lambda c: (c.name, c.kind, c.native_size or 0, c.code_licence))
