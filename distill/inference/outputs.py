@@ -92,6 +92,7 @@ class Outputs:
         self._taken_names = {SETTINGS, SOURCES}  # folded by `_folded`
         self._film_stems: set[str] = set()  # the folders of videos' frames
         self._numbered_folders: set[str] = set()  # folders of photos whose maps are named like frames
+        self._last_numbers: dict[tuple[str, bool], int] = {}  # of the stems "wanted_2", "wanted_3", ...
         self._ends_in_cut_line = False
         record = folder / SOURCES
         if record.is_file():
@@ -149,11 +150,11 @@ class Outputs:
         source = str(file.resolve())
         if source in self._records:
             return self._records[source].stem
-        name, count = wanted, 1
+        name, wanted_by = wanted, (wanted, is_video(source))
         if not self._is_free(name, source) and file.suffix:
             name = f"{wanted}_{file.suffix.lstrip('.').lower()}"
-        while not self._is_free(name, source):
-            count += 1
+        while not self._is_free(name, source):  # from the last number on: ten thousand photos may be called frame.jpg
+            self._last_numbers[wanted_by] = count = self._last_numbers.get(wanted_by, 1) + 1
             name = f"{wanted}_{count}"
         self._reserve(name, source)
         return name

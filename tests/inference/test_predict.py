@@ -36,6 +36,16 @@ def test_inputs_are_folders_globs_and_files_once_each(photos, tmp_path):
         predict.survey([str(photos / "nope.jpg")], out=out)
 
 
+def test_photos_of_one_name_are_numbered_without_trying_each_number_again(tmp_path, monkeypatch):
+    tried, folder = [], outputs.Outputs(tmp_path / "out")
+    real = outputs.Outputs._is_free
+    monkeypatch.setattr(outputs.Outputs, "_is_free", lambda *given: tried.append(given) or real(*given))
+    files = [tmp_path / str(scene) / "frame.jpg" for scene in range(100)]
+    stems = [folder.stem(file, "frame") for file in files]
+    assert stems == ["frame", "frame_jpg", *(f"frame_{number}" for number in range(2, 100))]
+    assert len(tried) < 5 * len(files)
+
+
 def test_all_formats_hold_the_prediction(photos, tmp_path):
     out, estimator = tmp_path / "out", Fake()
     jobs = predict.survey([str(photos / "a.png")], out=out).jobs
