@@ -24,7 +24,8 @@ class OnlineDataset(Dataset[Sample]):
     """Samples labelled on demand, for training with loaded teachers; read like a LabelDataset.
 
     shards: the sources. keys: image or sample keys to keep. An image that cannot be labelled is replaced by the next
-    with the same teachers that can, and added to `quarantine`. Use 0 DataLoader workers where a teacher is on a GPU.
+    with the same teachers that can, and added once to `quarantine`, whatever regions of it are drawn. Use 0 DataLoader
+    workers where a teacher is on a GPU.
     Raises ValueError where there is no image at all, or none that can be labelled.
     """
 
@@ -61,6 +62,7 @@ class OnlineDataset(Dataset[Sample]):
         self.sources = [source for *_, source, _ in chosen]
         self._asked = [names for *_, names in chosen]
         self._heldout: frozenset[int] = frozenset()
+        self._unusable: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -100,9 +102,9 @@ class OnlineDataset(Dataset[Sample]):
                 )
             except BadImageError as error:
                 reason = str(error)
-                rejected = Rejected(entry.origin, f"{entry.key}-{draw}", reason)
-                if rejected not in self.quarantine:
-                    self.quarantine.append(rejected)
+                if candidate not in self._unusable:
+                    self._unusable.add(candidate)
+                    self.quarantine.append(Rejected(entry.origin, f"{entry.key}-{draw}", reason))
                 continue
             for name in [name for name in sample.labels if name not in teachers]:
                 del sample.labels[name]  # only asked for a bridge

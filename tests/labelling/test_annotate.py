@@ -122,6 +122,12 @@ def test_online_samples_are_the_stored_ones_before_quantization(tars, tmp_path):
     assert collate([online[0], online[1]]).images.shape == (2, 3, 16, 16)
 
 
+def test_online_names_a_bad_image_once_however_often_it_is_drawn(tars):
+    online = OnlineDataset(tars, [("formula", Formula())], crops=replace(CROPS, redraw=True))
+    assert {online.get(2, ["formula"], visit=visit).image_key for visit in range(40)} == {"sa_3"}
+    assert [line.key for line in online.quarantine] == ["sa_2-0"], "a run of days has many visits"
+
+
 def test_online_replaces_a_bad_image_by_the_next_and_says_so(tars):
     online = OnlineDataset(tars, [("formula", Formula())], crops=CROPS)
     assert online[2].key == online[2].key == "sa_3-0" and [q.key for q in online.quarantine] == ["sa_2-0"]
