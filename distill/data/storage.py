@@ -88,6 +88,14 @@ def open_place(place: Path | str) -> IO[bytes]:
     return file
 
 
+def read_ranges(path: Path, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the bytes of each (offset, size) of a file, which is opened once; fewer at its end. Raises OSError."""
+    with path.open("rb") as file:
+        for offset, size in ranges:
+            file.seek(offset)
+            yield file.read(size)
+
+
 def read_range(place: Path | str, offset: int, size: int) -> bytes:
     """Read `size` bytes from `offset`; fewer at the end of the file. Raises OSError."""
     if isinstance(place, Path):
