@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -40,7 +40,6 @@ def hold_out(image_keys: Sequence[str], fraction: float) -> tuple[list[int], lis
     return train, [i for i, key in enumerate(image_keys) if key in heldout_keys]
 
 
-@functools.lru_cache(maxsize=32)
 def _permutation(count: int, seed: int, epoch: int, *source: int) -> np.ndarray:
     # Sorts raw words of the generator: unlike Generator.permutation, the same in every version of numpy.
     words = generator("order", seed, epoch, *source).bit_generator.random_raw(count)
@@ -99,13 +98,15 @@ class Order:
     """The endless stream of samples. indices: those to train on; seed: the run's.
 
     sources: (indices, share) of each source where they are weighted; none: all samples alike. block: in each block of
-    this many consecutive positions every source has its share, to within one.
+    this many consecutive positions every source has its share, to within one. shuffled: of each source, the epoch
+    that is read now and its permutation; only that one, as those of a million samples are 8 MB each.
     """
 
     indices: tuple[int, ...]
     seed: int
     sources: tuple[tuple[tuple[int, ...], float], ...] = ()
     block: int = BLOCK
+    shuffled: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def batch(self, step: int, size: int) -> list[SamplePosition]:
         """Global batch `step` (0-based): `size` consecutive positions of the stream."""
@@ -113,12 +114,19 @@ class Order:
 
     def _index(self, position: int) -> int:
         if not self.sources:
-            epoch, within = divmod(position, len(self.indices))
-            return self.indices[_permutation(len(self.indices), self.seed, epoch)[within]]
+            return self.indices[self._shuffled(len(self.indices), position)]
         source, visit = _visits(tuple(share for _, share in self.sources), self.seed, position, self.block)
         indices = self.sources[source][0]
-        epoch, within = divmod(visit, len(indices))
-        return indices[_permutation(len(indices), self.seed, epoch, source)[within]]
+        return indices[self._shuffled(len(indices), visit, source)]
+
+    def _shuffled(self, count: int, visit: int, *source: int) -> int:
+        """The number, below `count`, of the sample that a stream of permutations has at `visit`."""
+        epoch, within = divmod(visit, count)
+        key = source[0] if source else -1
+        before = self.shuffled.get(key)
+        if before is None or before[0] != epoch:
+            before = self.shuffled[key] = epoch, _permutation(count, self.seed, epoch, *source)
+        return int(before[1][within])
 
 
 def make_order(

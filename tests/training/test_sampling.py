@@ -11,6 +11,7 @@ import torch
 from distill import students
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels, Supervision
+from distill.training import sampling
 from distill.training.label_choice import average_labels, choose_patches, choose_teacher, convert_labels
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
 from distill.training.schedule import factor, in_steps, make_optimizer, set_rates
@@ -23,6 +24,21 @@ def test_an_epoch_holds_every_sample_once():
     epochs = [stream[i : i + 19] for i in range(0, len(stream), 19)]
     assert all(sorted(epoch) == list(range(5, 24)) for epoch in epochs) and epochs[0] != epochs[1]
     assert [p.index for p in Order(tuple(range(5, 24)), seed=4).batch(0, 8)] != stream[:8]
+
+
+def test_a_stream_keeps_one_permutation_of_each_source_and_makes_each_epoch_once(monkeypatch):
+    """Those of a million samples are 8 MB each, and a run of days has dozens of epochs."""
+    made, sources = [], [number % 40 for number in range(400)]
+    real = sampling._permutation
+    monkeypatch.setattr(sampling, "_permutation", lambda *key: made.append(key) or real(*key))
+    for order in (
+        make_order(range(400), sources, seed=0, weights=(), temperature=1.0),
+        make_order(range(400), sources, seed=0, weights=(), temperature=2.0, even=40),
+    ):
+        made.clear()
+        for step in range(100):
+            order.batch(step, 40)
+        assert len(made) == len({*made}) >= 10 and len(order.shuffled) == (len(order.sources) or 1)
 
 
 @pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2)])
