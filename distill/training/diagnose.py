@@ -41,7 +41,7 @@ def check_run(path: Path) -> list[Finding]:
     """All findings, the worst first. path: see `find_log`. Raises ValueError for a file that is not a log."""
     log = find_log(path)
     try:
-        lines = trainlog.read(log)
+        lines, damaged = trainlog.read_and_count(log)
         run = _about(log.with_name("run.json"))
     except (ValueError, KeyError) as error:
         raise ValueError(f"{log}: not a training log ({error}); give the log.jsonl of a run") from error
@@ -49,7 +49,7 @@ def check_run(path: Path) -> list[Finding]:
     if not steps:
         raise ValueError(f"{log}: no step was logged; the run stopped before its first step")
     settings: Line = (run or {}).get("settings", {})
-    findings = [*_stopped(steps, log), *_idle(lines), *_damage(log, run)]
+    findings = [*_stopped(steps, log), *_idle(lines), *_damage(log.name, damaged, run)]
     finite = [line for line in steps if line["loss"] is not None and line["grad_norm"] is not None]
     if len(finite) < FEWEST:
         findings.append(
@@ -78,10 +78,10 @@ def _about(path: Path) -> Line | None:
     return run if isinstance(run, dict) and not is_broken(run) and isinstance(run.get("settings", {}), dict) else None
 
 
-def _damage(log: Path, run: Line | None) -> list[Finding]:
+def _damage(log: str, damaged: int, run: Line | None) -> list[Finding]:
     findings = []
-    if count := trainlog.damaged(log):
-        findings.append(Finding("warn", f"damaged lines of {log.name} skipped: {count}", "check the disk for faults"))
+    if damaged:
+        findings.append(Finding("warn", f"damaged lines of {log} skipped: {damaged}", "check the disk for faults"))
     if run is None:
         findings.append(Finding("warn", "run.json is damaged and was not used", "distill train rewrites it"))
     return findings

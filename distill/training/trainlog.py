@@ -60,10 +60,13 @@ class StepLog:
     def __init__(self, path: Path, *, last_step: int) -> None:
         """Opens `path` and drops every line after `last_step`, and a torn last line."""
         self.path = path
-        self.damaged = damaged(path)
-        lines = [line for line in _lines(path) if line["step"] <= last_step and last_step]
+        self.damaged = 0
         with files.writing(path) as new, new.open("w", encoding="utf-8") as file:
-            file.writelines(_encode(line) for line in lines)
+            for line in _complete_lines(path):  # one by one: a log of days would fill the memory
+                if line is None:
+                    self.damaged += 1
+                elif line["step"] <= last_step and last_step:
+                    file.write(_encode(line))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -85,10 +88,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError for a file that has lines but no log line.
     """
-    lines = list(_lines(path))
-    if not lines and path.exists() and b"\n" in path.read_bytes():
+    return read_and_count(path)[0]
+
+
+def read_and_count(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """As `read`; and how many complete lines are invalid, without reading the log once more."""
+    complete = list(_complete_lines(path))
+    lines = [line for line in complete if line is not None]
+    if complete and not lines:
         raise ValueError("none of its lines is a log line")
-    return lines
+    return lines, len(complete) - len(lines)
 
 
 def number(path: Path, name: str, *, relative: bool = False) -> float | None:
@@ -118,11 +127,6 @@ def _complete_lines(path: Path) -> Iterator[dict[str, Any] | None]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     return (line for line in _complete_lines(path) if line is not None)
-
-
-def damaged(path: Path) -> int:
-    """How many complete lines of a log are invalid; a truncated end, or one filled with NULs, is not counted."""
-    return sum(line is None for line in _complete_lines(path))
 
 
 def _line(text: str) -> dict[str, Any] | None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from distill.core.seal import sealed
-from distill.training import checkpoints
+from distill.training import checkpoints, trainlog
 from distill.training import resume as resume_module
 from distill.training.settings import CHANGEABLE, TrainSettings
 from distill.training.state import Measured
-from distill.training.trainlog import StepLog, damaged, number, read
+from distill.training.trainlog import StepLog, number, read, read_and_count
 from tests.training.toys import Toy, l1, losses_of, newest, run, save, steps_of
 
 
@@ -175,7 +176,7 @@ def test_a_changed_line_of_the_log_is_left_out(tmp_path):
     text = path.read_text()
     at = text.index('"loss":') + 9
     path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
-    assert [line["step"] for line in read(path)] == list(range(2, 21)) and damaged(path) == 1
+    assert [line["step"] for line in read(path)] == list(range(2, 21)) and read_and_count(path)[1] == 1
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path):
@@ -211,6 +212,28 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
     log.write({"step": 3, "loss": math.inf, "parts": {"a": math.nan, "b": 1.0}})
     log.close()
     assert read(path)[2:] == [{"step": 2, "heldout": 1.0}, {"step": 3, "loss": None, "parts": {"a": None, "b": 1.0}}]
+
+
+def test_a_long_log_is_cut_back_without_being_held_in_memory(tmp_path, monkeypatch):
+    path, live, most = tmp_path / "log.jsonl", weakref.WeakSet(), []
+    path.write_text("".join(f'{{"step":{step}}}\n' for step in range(1, 101)) + "damaged\n")
+
+    class Line(dict):
+        __hash__ = object.__hash__
+
+    def parsed(text):
+        if (line := real(text)) is None:
+            return None
+        live.add(kept := Line(line))
+        most.append(len(live))
+        return kept
+
+    real = trainlog._line
+    monkeypatch.setattr(trainlog, "_line", parsed)
+    log = StepLog(path, last_step=90)
+    log.close()
+    assert log.damaged == 1 and len(most) == 100 and max(most) <= 2
+    assert [line["step"] for line in read(path)] == [*range(1, 91)]
 
 
 def test_tensorboard_gets_what_the_log_gets(tmp_path):

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from distill.app.cli import main
+from distill.training import trainlog
 from distill.training.diagnose import _ends, check_run
 
 
@@ -51,6 +52,16 @@ FAILURES = {
     ),
     "clipped": ("every step is clipped", "clip_norm", {"grad_norm": lambda t: 40.0}),
 }
+
+
+def test_a_log_is_parsed_once_with_its_damaged_lines_counted(tmp_path, monkeypatch):
+    """A log of 300,000 steps takes a minute."""
+    run, parsed, real = write(tmp_path / "run"), [], trainlog._line
+    with (run / "train/log.jsonl").open("a") as log:
+        log.write("damaged\n")
+    monkeypatch.setattr(trainlog, "_line", lambda text: parsed.append(text) or real(text))
+    assert any("damaged lines of log.jsonl skipped: 1" in finding.what for finding in check_run(run))
+    assert len(parsed) == 101
 
 
 @pytest.mark.parametrize("name", FAILURES)
