@@ -30,8 +30,9 @@ def hold_out(image_keys: Sequence[str], fraction: float) -> tuple[list[int], lis
     All samples of an image are on the same side, which depends on the key alone: a larger fraction holds out the same
     images and more. Any fraction above 0 holds out at least one image where there are two.
     """
-    images = sorted(set(image_keys), key=_hash)
-    heldout_keys = {key for key in images if _hash(key) < fraction * 2**64}
+    hashes = {key: _hash(key) for key in set(image_keys)}
+    images = sorted(hashes, key=hashes.__getitem__)
+    heldout_keys = {key for key in images if hashes[key] < fraction * 2**64}
     if fraction > 0 and not heldout_keys and len(images) > 1:
         heldout_keys = {images[0]}
     if len(heldout_keys) == len(images):

@@ -65,6 +65,13 @@ def test_held_out_images_follow_from_their_keys_alone():
     assert hold_out([], 0.1) == ([], []), "that nothing is left to learn from, the batches say"
 
 
+def test_holding_out_hashes_each_image_once(monkeypatch):
+    hashed, real = [], sampling._hash
+    monkeypatch.setattr(sampling, "_hash", lambda key: hashed.append(key) or real(key))
+    hold_out([f"sa_{i // 3}" for i in range(600)], 0.1)
+    assert len(hashed) == 200
+
+
 def test_teachers_are_chosen_by_share_from_seed_and_step():
     shares = {"primary": 0.7, "assistant": 0.3}
     drawn = [choose_teacher(shares, seed=1, step=step) for step in range(2000)]
