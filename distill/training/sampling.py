@@ -30,8 +30,7 @@ def hold_out(image_keys: Sequence[str], fraction: float) -> tuple[list[int], lis
     All samples of an image are on the same side, which depends on the key alone: a larger fraction holds out the same
     images and more. Any fraction above 0 holds out at least one image where there are two.
     """
-    hashes = {key: _hash(key) for key in set(image_keys)}
-    images = sorted(hashes, key=hashes.__getitem__)
+    images = sorted(hashes := {key: _hash(key) for key in set(image_keys)}, key=hashes.__getitem__)
     heldout_keys = {key for key in images if hashes[key] < fraction * 2**64}
     if fraction > 0 and not heldout_keys and len(images) > 1:
         heldout_keys = {images[0]}
@@ -99,8 +98,7 @@ class Order:
     """The endless stream of samples. indices: those to train on; seed: the run's.
 
     sources: (indices, share) of each source where they are weighted; none: all samples alike. block: in each block of
-    this many consecutive positions every source has its share, to within one. shuffled: of each source, the epoch
-    that is read now and its permutation; only that one, as those of a million samples are 8 MB each.
+    this many consecutive positions every source has its share, to within one. shuffled: each one's epoch now.
     """
 
     indices: tuple[int, ...]
@@ -114,20 +112,14 @@ class Order:
         return [SamplePosition(p, self._index(p)) for p in range(step * size, (step + 1) * size)]
 
     def _index(self, position: int) -> int:
-        if not self.sources:
-            return self.indices[self._shuffled(len(self.indices), position)]
-        source, visit = _visits(tuple(share for _, share in self.sources), self.seed, position, self.block)
-        indices = self.sources[source][0]
-        return indices[self._shuffled(len(indices), visit, source)]
-
-    def _shuffled(self, count: int, visit: int, *source: int) -> int:
-        """The number, below `count`, of the sample that a stream of permutations has at `visit`."""
-        epoch, within = divmod(visit, count)
-        key = source[0] if source else -1
-        before = self.shuffled.get(key)
-        if before is None or before[0] != epoch:
-            before = self.shuffled[key] = epoch, _permutation(count, self.seed, epoch, *source)
-        return int(before[1][within])
+        source, visit, indices = -1, position, self.indices
+        if self.sources:
+            source, visit = _visits(tuple(share for _, share in self.sources), self.seed, position, self.block)
+            indices = self.sources[source][0]
+        epoch, within = divmod(visit, len(indices))
+        if self.shuffled.get(source, (-1,))[0] != epoch:  # only one is kept: of a million samples each has 8 MB
+            self.shuffled[source] = epoch, _permutation(len(indices), self.seed, epoch, *[source][: len(self.sources)])
+        return indices[self.shuffled[source][1][within]]
 
 
 def make_order(
