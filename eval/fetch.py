@@ -11,6 +11,7 @@ by an earlier download. Marigold's host publishes none; the computed one is reco
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -18,12 +19,14 @@ import re
 import shutil
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.core import files
+from distill.core.addresses import public
 from distill.core.plugins import find
 from distill.core.progress import Report
 from distill.eval.benchmarks import Download
@@ -79,13 +82,17 @@ def fetch(url: str, path: Path, *, sha256: str = "", report: Report | None = Non
     file, and the received bytes are kept.
     """
     if not url.startswith(("http://", "https://")):
-        raise ValueError(f"{url}: only http:// and https:// addresses can be fetched")
+        raise ValueError(f"{public(url)}: only http:// and https:// addresses can be fetched")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = files.take_lock(path.with_name(f".{path.name}.lock"))
     if lock is None:
         raise OSError(f"{path} is being fetched by another process: wait for it, or stop it")
     try:
         return _fetch(url, path, sha256, report, patience)
+    except OSError as error:
+        if (line := public(str(error))) != str(error):
+            raise type(error)(line) from None
+        raise
     finally:
         lock.release()
 
@@ -122,15 +129,28 @@ def _fetch(url: str, path: Path, sha256: str, report: Report | None, patience: f
 
 def _host_length(url: str) -> int | None:
     """The length of the file on the host; None where it does not say so, or cannot be reached."""
-    headers = {"User-Agent": "distill", "Accept-Encoding": "identity"}
     try:
-        request = urllib.request.Request(url, headers=headers, method="HEAD")
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(_request(url, {}, method="HEAD"), timeout=20) as answer:
             length = answer.headers.get("Content-Length", "")
             is_file = answer.status == 200 and answer.headers.get_content_type() != "text/html"
             return int(length) if is_file and length.isascii() and length.isdigit() else None
     except (OSError, http.client.HTTPException):
         return None
+
+
+def _request(url: str, headers: dict[str, str], *, method: str = "GET") -> urllib.request.Request:
+    """A request of the file as it is stored; the user and password of an address are sent as HTTP expects them."""
+    parts = urllib.parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    headers = {"User-Agent": "distill", "Accept-Encoding": "identity", **headers}
+    request = urllib.request.Request(
+        parts._replace(netloc=host).geturl() if at else url, headers=headers, method=method
+    )
+    if at:  # urllib takes the password for a port; a redirection to another host must not get it
+        name, _, password = user.partition(":")
+        pair = f"{urllib.parse.unquote(name)}:{urllib.parse.unquote(password)}"
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
+    return request
 
 
 def _complete(url: str, part: Path, report: Report | None, patience: float) -> int:
@@ -155,15 +175,15 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
     """Request the missing bytes once and write them as they arrive; raises DownloadCutError if they end early."""
     received = part.stat().st_size if part.is_file() else 0
     note = _read_note(part) if received else {}
-    if note.get("url") != url:  # these bytes cannot be matched to the file on the host
+    if public(note.get("url")) != public(url):  # these bytes cannot be matched to the file on the host
         received, note = 0, {}
-    headers = {"User-Agent": "distill", "Accept-Encoding": "identity"}
+    headers = {}
     if received:
         headers["Range"] = f"bytes={received}-"
         if note.get("version"):
             headers["If-Range"] = note["version"]
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
+        with urllib.request.urlopen(_request(url, headers), timeout=60) as answer:
             start, total = _response_range(url, answer)
             if start and note.get("total") not in (None, total):
                 _discard(part)
@@ -266,7 +286,7 @@ def _write_note(part: Path, url: str, answer: Any, total: int | None) -> None:
     """Record which file on the host the bytes are of. A weak ETag must not guard a range (RFC 9110, 13.1.5)."""
     tag = answer.headers.get("ETag", "")
     version = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
-    files.write_json(_note_path(part), {"url": url, "total": total, "version": version}, indent=None)
+    files.write_json(_note_path(part), {"url": public(url), "total": total, "version": version}, indent=None)
 
 
 def _read_record(record: Path) -> str:

@@ -27,6 +27,7 @@ from distill.app.renamed import with_current_keys
 from distill.app.strict import RecipeError
 from distill.app.teaching import check_teacher_count, load_teachers
 from distill.core import machine
+from distill.core.addresses import public
 from distill.core.depth import Kind
 from distill.core.plugins import file_hashes, find, short_name
 from distill.core.weights import read_state
@@ -133,7 +134,7 @@ def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> No
 
 def _images_of(recipe: Recipe, other: Recipe, folder: Path) -> tuple[Any, Any]:
     """The [[images]] of two recipes, without paths if the labels in `folder` were made from the first one's files."""
-    contents = [[source.content for source in each.images] for each in (recipe, other)]
+    contents = [[public(source.content) for source in each.images] for each in (recipe, other)]
     placeless = [
         [{k: v for k, v in source.items() if k not in moved.PLACES} for source in sources] for sources in contents
     ]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from distill import __version__
+from distill.core.addresses import public
 from distill.core.plugins import find, names
 from distill.core.wording import did_you_mean
 
@@ -57,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
             message += did_you_mean(choice[1].strip("'"), re.findall(r"[^\s,']+", choice[2]))
         if message.endswith(" required: COMMAND"):
             message += "; `distill --help` lists them"
-        super().error(message)
+        super().error(public(message))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but a command's unknown option is reported with that command's usage, and the nearest one."""

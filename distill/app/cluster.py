@@ -20,7 +20,7 @@ from distill.app import build
 from distill.app.commands import label_by_parts, print_label_outcome, worker_meeting
 from distill.app.console import note, progress, table
 from distill.app.inputs import input_shards
-from distill.app.recipe import USES, Recipe, as_table, parse, trusted
+from distill.app.recipe import USES, Recipe, as_given, parse, trusted
 from distill.core.progress import Report
 from distill.core.wording import counted, first_line
 from distill.labelling.run import LabelOutcome
@@ -148,7 +148,7 @@ class _Workers:
     def __init__(self, recipe: Recipe) -> None:
         import ray
 
-        self.wanted, self.table = resources(recipe), as_table(recipe)
+        self.wanted, self.table = resources(recipe), as_given(recipe)
         self.make = ray.remote(**self.wanted)(Labeller)
         self.console = _NodeStats()
         self.calls: dict[Any, Any] = {}

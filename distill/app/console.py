@@ -26,6 +26,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from distill.core.addresses import public
 from distill.core.printable import printable
 from distill.core.progress import Report
 
@@ -44,8 +45,8 @@ EVERY_S = 30.0
 
 
 def escape(text: str) -> str:
-    """Escapes text so that rich prints it verbatim: no markup, no control characters for the terminal."""
-    return _markup(printable(text, keep="\n\t"))
+    """Escapes text so that rich prints it verbatim: no markup, no control characters, no passwords in addresses."""
+    return _markup(printable(public(text), keep="\n\t"))
 
 
 def say(text: str, **values: Any) -> None:
@@ -70,12 +71,23 @@ def values(**values: Any) -> None:
         _object(_out, values)
 
 
+def _public_text(value: object) -> str:
+    return str(public(str(value)))
+
+
 def _object(console: Console, values: Mapping[str, Any]) -> None:
     """A JSON object on one line; what is not finite is null."""
     plain = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in public(values).items()
     }
-    console.print(json.dumps(plain, default=str), markup=False, highlight=False, emoji=False, soft_wrap=True)
+    console.print(
+        json.dumps(plain, default=_public_text),
+        markup=False,
+        highlight=False,
+        emoji=False,
+        soft_wrap=True,
+    )
 
 
 def quiet(on: bool = True) -> None:

@@ -19,6 +19,7 @@ from distill.app.renamed import RENAMED, RENAMED_VALUES
 from distill.app.settings import CompareSettings, RunSettings
 from distill.app.shipped import locate
 from distill.app.strict import RecipeError, keys_of, parse_into, plain, read_toml
+from distill.core.addresses import public
 from distill.core.crop_settings import CropSettings
 from distill.core.plugins import allow, is_path
 from distill.core.wording import did_you_mean
@@ -259,13 +260,21 @@ def _from_home(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_table(settings: Any) -> dict[str, Any]:
-    """The resolved recipe, or one of its tables, as plain tables with defaults: what is saved and hashed."""
+    """The resolved recipe, or one of its tables, as plain tables with defaults: what is saved and hashed.
+
+    Its addresses are without passwords and signatures (distill.core.addresses); `as_given` has them.
+    """
+    return typing.cast(dict[str, Any], public(as_given(settings)))
+
+
+def as_given(settings: Any) -> dict[str, Any]:
+    """As `as_table`, with all that its addresses hold: never to be stored or printed."""
     table = typing.cast(dict[str, Any], plain(settings))
     return table | dict(settings.ignored) if isinstance(settings, Recipe) else table
 
 
 def dumps(recipe: Recipe) -> str:
-    """The resolved recipe as TOML; `load` reads it back to an equal recipe."""
+    """The resolved recipe as TOML; `load` reads it back to an equal recipe, without passwords in addresses."""
     return tomli_w.dumps(as_table(recipe))
 
 
@@ -275,7 +284,7 @@ def differences(recipe: Recipe, run: Path) -> list[str]:
         saved = read_toml(run / "recipe.toml")
     except (RecipeError, OSError):
         return []
-    now, before = _leaves(as_table(recipe)), _leaves(saved)
+    now, before = _leaves(as_table(recipe)), _leaves(public(saved))
     return [key for key in now if key in before and now[key] != before[key]]
 
 

@@ -1,4 +1,4 @@
-"""Texts without the places where files lie on this machine, for what is given away."""
+"""Texts without the places where files lie on this machine and without passwords, for what is given away."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from distill.core.addresses import public
 
 _ROOT = r"(?: ~[\w.-]*[/\\] | [A-Za-z]:[/\\] | / | \\\\ )"
 """Of a home folder, a drive, a disk or a server. One backslash begins a pattern or a formula, not a place."""
@@ -23,7 +25,7 @@ def without_places(value: Any) -> Any:
     """A copy of plain values (as JSON holds them) in which each absolute path is only a name.
 
     That is its last part, or the hub's id where it lies in the hub's cache. Relative paths and URLs stay. Texts that
-    only mention paths are treated likewise, keys of tables too.
+    only mention paths are treated likewise, keys of tables too. URLs lose what grants access (distill.core.addresses).
     """
     if isinstance(value, Mapping):
         return {without_places(key): without_places(inner) for key, inner in value.items()}
@@ -35,7 +37,7 @@ def without_places(value: Any) -> Any:
         return value
     if _WHOLE.fullmatch(value):
         return _name(value)
-    return _PLACE.sub(lambda match: _name(match[0]), value)
+    return _PLACE.sub(lambda match: _name(match[0]), str(public(value)))
 
 
 def _name(path: str) -> str:

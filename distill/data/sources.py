@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
+from distill.core.addresses import public
 from distill.core.depth import DepthMap, Kind
 from distill.core.files import files_below, leaves_root
 from distill.core.home import home_expanded
@@ -114,9 +115,8 @@ def combine(*sources: Sequence[InputShard]) -> list[InputShard]:
     seen: dict[str, str] = {}
     for shard in shards:
         if shard.stem in seen:
-            raise ValueError(
-                f"{seen[shard.stem]} and {shard.origin} would both write {shard.stem}-000.tar: rename one of them"
-            )
+            both = public(f"{seen[shard.stem]} and {shard.origin}")
+            raise ValueError(f"{both} would both write {shard.stem}-000.tar: rename one of them")
         seen[shard.stem] = shard.origin
     return shards
 
@@ -161,7 +161,7 @@ def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
     urls = storage.find_urls([str(p) for p in listed if storage.is_url(p)], "tar")
     local = [p for p in listed if not storage.is_url(p)]
     paths: list[Path | str] = [*(_paths(local, "tar") if local or not urls else []), *urls]
-    stems = [safe_key(PurePosixPath(str(p)).stem) for p in paths]
+    stems = [safe_key(PurePosixPath(public(str(p))).stem) for p in paths]
     return combine(
         [InputShard(stem, str(p), partial(_scan_tar, p), True) for stem, p in zip(stems, paths, strict=True)]
     )
@@ -173,7 +173,7 @@ def _scan_tar(path: Path | str) -> Scan:
     keys: set[str] = set()
     rejected: list[Rejected] = []
     skipped: Counter[str] = Counter()
-    tar = PurePosixPath(str(path)).name
+    tar = PurePosixPath(public(str(path))).name
     if isinstance(path, Path) and (reason := photos.not_a_file(path)):
         return Scan((), (Rejected(tar, "", f"{path}: {reason}"),))
     try:
@@ -201,7 +201,7 @@ def _scan_tar(path: Path | str) -> Scan:
             members.setdefault(name, (key, origin, []))[2].append((member.offset_data, member.size))
     except OSError as error:
         if isinstance(path, str):
-            raise OSError(f"{path} cannot be read: {error}; run again when it is reachable") from error
+            raise OSError(public(f"{path} cannot be read: {error}; run again when it is reachable")) from error
         rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
     if not members and not rejected:
         content = f", but {filetypes.summarize_counts(skipped)}" if skipped else ""

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
+
+from distill.core.addresses import public
 
 # The headers of a tar are about 1 MB apart: with fsspec's default read-ahead of 5 MB, listing a tar would fetch it all.
 _BLOCK = 2**16
@@ -56,12 +59,12 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         import fsspec.core
     except ImportError as error:
-        raise ValueError(f'{url}: a URL needs pip install "depth-distill[urls]"') from error
+        raise ValueError(f'{public(url)}: a URL needs pip install "depth-distill[urls]"') from error
     try:
         system, inside = fsspec.core.url_to_fs(url)
         return system, inside
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url} cannot be opened: {error}") from error
+        raise ValueError(public(f"{url} cannot be opened: {error}")) from error
 
 
 def find_urls(patterns: Iterable[str], what: str) -> list[str]:
@@ -72,10 +75,12 @@ def find_urls(patterns: Iterable[str], what: str) -> list[str]:
         try:
             names = sorted(system.glob(inside)) if "*" in inside else [inside] if system.exists(inside) else []
         except OSError as error:
-            raise OSError(error.errno, f"{url} cannot be reached: {error}") from error
+            raise OSError(error.errno, public(f"{url} cannot be reached: {error}")) from error
         if not names:
-            raise FileNotFoundError(f"{url}: no such {what}; check the address in [images]")
-        urls.update((str(system.unstrip_protocol(name)), None) for name in names)
+            raise FileNotFoundError(f"{public(url)}: no such {what}; check the address in [images]")
+        # A file system whose addresses hold a user and a host (ftp, sftp) gives neither back.
+        keeps_address = "*" not in inside and "@" in urlsplit(url).netloc
+        urls.update((url if keeps_address else str(system.unstrip_protocol(name)), None) for name in names)
     return list(urls)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distill.core.addresses import public
 from distill.data.scans import scan_from, scan_table
 from distill.data.sources import InputShard, Scan
 from distill.data.storage import is_url
@@ -135,7 +136,7 @@ def fingerprint(shard: InputShard) -> list[Any]:
         times = [f"{_size_and_time(path)}" for path in paths if isinstance(path, Path)]
         return [hash_keys([entry.key for entry in entries]), *([hash_keys(times)] if times else [])]
     if is_url(shard.origin):
-        return [shard.origin]
+        return [public(shard.origin)]
     return _size_and_time(Path(shard.origin)) or [shard.origin, 0]
 
 

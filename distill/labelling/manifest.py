@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import files
+from distill.core.addresses import public
 from distill.core.crop_settings import CropSettings
 from distill.core.depth import Kind
 from distill.core.plugins import origins
@@ -208,7 +209,7 @@ def _manifest(
     tars = _tars(sidecars, settings, sources)
     skipped = sum((Counter(entry.get("passed", {})) for entry in sidecars), Counter[str]())
     return {
-        **about,
+        **public(about),
         **({"plugins": plugins} if (plugins := origins(about["recipe"].get("teachers"))) else {}),
         "settings": settings,
         "format": describe_format(settings["codec"]),

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import files
+from distill.core.addresses import public
 from distill.core.wording import first_line
 from distill.labelling.leases import BEATS, LEASE_S, NOTES, SUFFIX, Claim, Holder, LeaseLostError
 from distill.labelling.manifest import sidecar_name
@@ -135,7 +136,7 @@ class _Store:
 
     def _error(self, error: Exception) -> OSError:
         line = first_line(error)
-        return OSError(f"{self.url} cannot be reached: {line}; files already sent are kept: run again")
+        return OSError(public(f"{self.url} cannot be reached: {line}; files already sent are kept: run again"))
 
 
 @dataclass(slots=True, eq=False)
@@ -182,7 +183,7 @@ class _Held:
                 except _Taken:
                     self.lost = True
         if self.lost:
-            raise LeaseLostError(f"{self.store.url}/{self.name}: another worker has taken it over")
+            raise LeaseLostError(f"{public(self.store.url)}/{self.name}: another worker has taken it over")
 
     def release(self) -> None:
         """Clear its holder: a delete could not be made conditional on the version."""
@@ -362,10 +363,12 @@ def _open(url: str) -> Any:
     try:
         from obstore.store import from_url
     except ImportError as error:
-        raise ValueError(f'{url}: workers that meet at a URL need pip install "depth-distill[objects]"') from error
+        raise ValueError(
+            f'{public(url)}: workers that meet at a URL need pip install "depth-distill[objects]"'
+        ) from error
     import obstore
 
     try:
         return from_url(url)
     except (obstore.exceptions.BaseError, ValueError) as error:
-        raise ValueError(f"{url} cannot be opened: {first_line(error)}") from error
+        raise ValueError(public(f"{url} cannot be opened: {first_line(error)}")) from error

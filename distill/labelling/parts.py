@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import files
+from distill.core.addresses import public
 from distill.core.seal import sealed
 from distill.data.sources import Entry, InputShard, Rejected, identity
 from distill.labelling.jobs import Teachers, asked_about
@@ -103,7 +104,7 @@ def describe(
 def line_of(rejected: Rejected) -> dict[str, str]:
     """The record of an image in quarantine."""
     # Memory addresses would differ from run to run.
-    return {**asdict(rejected), "reason": re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", rejected.reason)}
+    return {**asdict(rejected), "reason": public(re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", rejected.reason))}
 
 
 def _restore_description(out: Path, part: Part, manifest: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from distill.core.addresses import public
 from distill.core.crop_settings import CropSettings
 from distill.core.plugins import file_hashes
 from distill.core.progress import Report
@@ -79,7 +80,7 @@ def labels_hash(images: Any, crops: Any, teachers: Any) -> str:
     """The address of labels: 16 hex digits that depend only on the settings of images, crops and teachers.
 
     Each is a dataclass, table or list of plain values; order of keys does not matter. For a teacher that is a user's
-    file, the file's bytes are hashed too.
+    file, the file's bytes are hashed too. An address that was signed again is the same.
     """
 
     def plain(value: Any) -> Any:
@@ -87,7 +88,7 @@ def labels_hash(images: Any, crops: Any, teachers: Any) -> str:
 
     content = [images, crops, teachers]
     content += [hashes for hashes in [file_hashes(teachers)] if hashes]
-    text = json.dumps(content, sort_keys=True, default=plain)
+    text = public(json.dumps(content, sort_keys=True, default=plain))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from distill.core.addresses import public
 from distill.core.files import DISK_FULL, PARTIAL, WriteError, file_sha256, publish, raising_write_errors, take_lock
 from distill.core.wording import counted
 from distill.data.storage import file_system
@@ -138,7 +139,7 @@ class TarCache:
                 return data
             except OSError as error:
                 last_error = error
-        raise OSError(f"{self.source}/{name} cannot be read: {last_error}") from last_error
+        raise OSError(public(f"{self.source}/{name} cannot be read: {last_error}")) from last_error
 
     def _open_cached(self, name: str) -> IO[bytes] | None:
         """Open the cached tar; None if it is missing or incomplete."""
@@ -189,10 +190,10 @@ class TarCache:
                     raise WriteError(error.errno, error.strerror, str(self.folder / name)) from error
                 last_error = error
         if last_error is not None:
-            raise OSError(f"{self.source}/{name} cannot be read: {last_error}") from last_error
+            raise OSError(public(f"{self.source}/{name} cannot be read: {last_error}")) from last_error
         raise OSError(
-            f"{self.source}/{name} is damaged, its checksum is not the one in {self.folder / MANIFEST}, also when it "
-            f"is fetched again: publish it again, or delete {self.folder} if these labels were made anew"
+            f"{public(self.source)}/{name} is damaged, its checksum is not the one in {self.folder / MANIFEST}, also "
+            f"when it is fetched again: publish it again, or delete {self.folder} if these labels were made anew"
         )
 
     # --- room ---------------------------------------------------------------------------------------------------------

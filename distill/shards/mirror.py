@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from distill.core.addresses import public
 from distill.core.files import file_sha256
 from distill.core.files import publish as rename
 from distill.core.progress import Report
@@ -56,7 +57,8 @@ def publish(folder: Path, url: str, *, report: Report | None = None) -> int:
             if report:
                 report(done + 1, len(files) + 1)
     except OSError as error:
-        raise OSError(error.errno, f"{target} cannot be written: {error}; what was sent stays, call again") from error
+        line = public(f"{target} cannot be written: {error}; what was sent stays, call again")
+        raise OSError(error.errno, line) from error
     return sent
 
 
@@ -85,7 +87,7 @@ def fetch(url: str, folder: Path, *, cached: bool = False, report: Report | None
     source = f"{url.rstrip('/')}/{folder.name}"
     system, inside = file_system(source)
     if not system.exists(f"{inside}/{MANIFEST}"):
-        raise FileNotFoundError(f"{source} has no finished labels: run `distill label` with this recipe first")
+        raise FileNotFoundError(f"{public(source)} has no finished labels: run `distill label` with this recipe first")
     temporary = folder / ".mirror"
     temporary.mkdir(parents=True, exist_ok=True)
     if cached:
@@ -110,7 +112,7 @@ def fetch(url: str, folder: Path, *, cached: bool = False, report: Report | None
             if report:
                 report(done + 1, len(files))
     except OSError as error:
-        raise OSError(error.errno, f"{source} cannot be read: {error}") from error
+        raise OSError(error.errno, public(f"{source} cannot be read: {error}")) from error
     rename(temporary / MANIFEST, folder / MANIFEST)
     shutil.rmtree(temporary)
     if not cached:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import files
+from distill.core.addresses import public
 from distill.eval.papers import Scored, verdicts
 from distill.eval.reports import figures
 from distill.eval.reports.fidelity import fidelity_section
@@ -71,7 +72,7 @@ def _recipe(run_dir: Path) -> tuple[Recipe, str, str]:
     """The resolved recipe as a table and as text, and what is wrong with it."""
     path = run_dir / "recipe.toml"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = public(path.read_text(encoding="utf-8"))  # earlier versions stored addresses as they were given
         return tomllib.loads(text), text, ""
     except FileNotFoundError:
         return {}, "", "No recipe.toml in the run's folder: distill writes it with every run."
