@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core.depth import Kind
+from distill.core.markdown import inline
 from distill.students import vggt
 
 # Keys under a heading of their own; every other value is a row of the first table.
@@ -137,7 +138,7 @@ def _top(name: str, card: Mapping[str, Any], library: str = "depth-distill") -> 
     if isinstance(training := plain.get("training"), Mapping):  # its settings repeat the recipe, which follows
         plain["training"] = {key: value for key, value in training.items() if key != "settings"}
     rows = _rows(plain)
-    return [*block, f"# {card.get('name', name)}", "", *rows]
+    return [*block, f"# {inline(str(card.get('name', name)))}", "", *rows]
 
 
 def _sections(card: Mapping[str, Any]) -> list[str]:
@@ -210,11 +211,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _rows(table: Mapping[str, Any]) -> list[str]:
-    return ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in table.items())]
+    return ["| | |", "|---|---|", *(f"| {inline(key)} | {_cell(value)} |" for key, value in table.items())]
 
 
 def _cell(value: Any) -> str:
-    return _words(value).replace("|", "\\|").replace("\n", " ")
+    return inline(_words(value))
 
 
 def _words(value: Any) -> str:
@@ -235,10 +236,10 @@ def _section(key: str, value: Any) -> list[str]:
     if key == "recipe":
         return ["```json", json.dumps(value, indent=1, ensure_ascii=False), "```"]
     if isinstance(value, Mapping):
-        return [f"**{key}**", "", *_rows(value), ""]
+        return [f"**{inline(key)}**", "", *_rows(value), ""]
     if value and all(isinstance(row, Mapping) for row in value):
         return [*_table(value), ""]
-    return [f"**{key}**", "", *(f"- {_cell(item)}" for item in value), ""]
+    return [f"**{inline(key)}**", "", *(f"- {_cell(item)}" for item in value), ""]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -246,7 +247,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     shown = [[_cell(row[key]) if key in row else "" for key in columns] for row in rows]
     return [
-        "| " + " | ".join(columns) + " |",
+        "| " + " | ".join(map(inline, columns)) + " |",
         "|" + "---|" * len(columns),
         *("| " + " | ".join(cells) + " |" for cells in shown),
     ]

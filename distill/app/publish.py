@@ -26,6 +26,7 @@ from distill.app.inputs import input_shards
 from distill.app.lineage import OPEN
 from distill.app.recipe import Recipe
 from distill.core import files, hub
+from distill.core.markdown import inline
 from distill.core.private import without_places
 from distill.core.progress import Report
 from distill.core.seal import sealed
@@ -168,12 +169,12 @@ def _file_hashes(recipe: Recipe) -> dict[str, str]:
 def labels_card(manifest: Mapping[str, Any], *, name: str, shared: bool) -> str:
     """The dataset card: front matter for the hub, then what the labels are, who made them, how to stream and decode."""
     _, _, body = labels_readme(manifest).removeprefix("---\n").partition("---\n")
-    crops = manifest["settings"]["crops"]
+    crop_rows = [f"| {inline(key)} | {inline(str(value))} |" for key, value in manifest["settings"]["crops"].items()]
     count = manifest["samples"]
     sizes = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
     size = sizes[min(len(sizes) - 1, max(0, len(str(max(1, count))) - 3))]
     teachers = [
-        f"| {teacher} | {card.get('revision', '-')} | {_permission(card.get('commercial'))} |"
+        f"| {inline(teacher)} | {inline(str(card.get('revision', '-')))} | {_permission(card.get('commercial'))} |"
         for teacher, card in manifest["teachers"].items()
     ]
     stream = [
@@ -196,7 +197,14 @@ def labels_card(manifest: Mapping[str, Any], *, name: str, shared: bool) -> str:
             *("task_categories:", "- depth-estimation", "tags:", "- depth", "- distillation", "- webdataset"),
             *(f"size_categories:\n- {size}", "configs:", "- config_name: default", '  data_files: "*.tar"', "---"),
             body.rstrip("\n"),
-            *("", "## Crops", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in crops.items())),
+            *(
+                "",
+                "## Crops",
+                "",
+                "| | |",
+                "|---|---|",
+                *crop_rows,
+            ),
             *(
                 "",
                 "## Teachers and licences",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distill.core.markdown import inline
 from distill.core.wording import counted
 from distill.shards.codec import CODECS, UNITS, code_rule
 
@@ -15,7 +16,8 @@ def labels_readme(manifest: Mapping[str, Any]) -> str:
     """Return Markdown for a manifest: what the labels are, by whom, under which licences, and how to read them."""
     form, crops = manifest["format"], manifest["settings"]["crops"]
     rows = [
-        f"| {name} | {card.get('weights', '-')} | {', '.join(card['stored'])} | {card.get('licence', 'unknown')} |"
+        f"| {inline(name)} | {inline(str(card.get('weights', '-')))} | {inline(', '.join(card['stored']))} "
+        f"| {inline(str(card.get('licence', 'unknown')))} |"
         for name, card in manifest["teachers"].items()
     ]
     rule = f"invalid: {form.get('invalid')}"
@@ -29,7 +31,7 @@ def labels_readme(manifest: Mapping[str, Any]) -> str:
             f"{counted(manifest['samples'], 'square')} of {counted(manifest['images']['count'], 'image')}, "
             f"{crops['size']} pixels.",
             *("", "| teacher | weights | depth type | licence |", "|---|---|---|---|", *rows, ""),
-            f"Licence of the images: {manifest['licence']['images'] or 'unknown'}.",
+            f"Licence of the images: {inline(str(manifest['licence']['images'] or 'unknown'))}.",
             "",
             f"Maps (`.{form['suffix']}`, codec {form['codec']}) are 16-bit codes with the range that each "
             f"sample's json gives: value = {form['value']}; {rule}. Each sample's json has them under `decode`, "

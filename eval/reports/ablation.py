@@ -19,6 +19,7 @@ import numpy as np
 
 from distill.core import files
 from distill.core.depth import Kind
+from distill.core.markdown import inline
 from distill.core.plugins import find
 from distill.core.wording import counted
 from distill.eval.labels import LabelQuality
@@ -226,18 +227,25 @@ def _spread(values: Sequence[float], best: float) -> str:
 
 def markdown(table: Table) -> str:
     """The labels, the table and its claims in Markdown."""
-    lines = [f"### {table.title} ({table.source})", ""]
+    lines = [f"### {inline(table.title)} ({inline(table.source)})", ""]
     parts = [table.label_text()] if table.labels else []
     for head, *body in [*parts, table.text()]:
         lines += [_md(head), _md(["---"] * len(head)), *map(_md, body), ""]
     if table.claims:
         claims = [claim.cells() for claim in table.claims]
-        lines += [_md(CLAIM_HEAD), _md(["---"] * len(CLAIM_HEAD)), *map(_md, claims), "", table.verdict_line(), ""]
-    return "\n".join([*lines, f"{table.name}, {table.made_by}.", ""])
+        lines += [
+            _md(CLAIM_HEAD),
+            _md(["---"] * len(CLAIM_HEAD)),
+            *map(_md, claims),
+            "",
+            inline(table.verdict_line()),
+            "",
+        ]
+    return "\n".join([*lines, f"{inline(table.name)}, {inline(table.made_by)}.", ""])
 
 
 def _md(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace(" *", " **\\***") for cell in cells) + " |"
+    return "| " + " | ".join(inline(cell).replace(" *", " **\\***") for cell in cells) + " |"
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distill.core.markdown import inline
+from distill.core.printable import printable
 from distill.eval.intervals import rank_marks
 from distill.eval.metrics import MetricRow
 from distill.eval.scorefile import Score
@@ -93,12 +95,13 @@ def as_markdown(table: Grid) -> str:
     """A pipe table: a best is bold, those that share the lead are underlined."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
-    marked = [[("{}", "**{}**", "<u>{}</u>")[cell.rank].format(cell.text) for cell in row] for row in table.rows]
+    marks = ("{}", "**{}**", "<u>{}</u>")
+    marked = [[marks[cell.rank].format(inline(cell.text)) for cell in row] for row in table.rows]
     rule = ["---", "---", *("---:" for _ in table.head[2:])]
-    notes = "\n".join(f"- {note}" for note in table.notes)
-    return "\n".join([line(table.head), line(rule), *map(line, marked)]) + f"\n\n{notes}\n"
+    notes = "\n".join(f"- {inline(note)}" for note in table.notes)
+    return "\n".join([line([inline(cell) for cell in table.head]), line(rule), *map(line, marked)]) + f"\n\n{notes}\n"
 
 
 def as_latex(table: Grid) -> str:
@@ -106,14 +109,16 @@ def as_latex(table: Grid) -> str:
     marks = ("{}", "\\textbf{{{}}}", "\\underline{{{}}}")
     head = " & ".join(_tex(cell) for cell in table.head)
     rows = [" & ".join(marks[cell.rank].format(_tex(cell.text)) for cell in row) + r" \\" for row in table.rows]
-    notes = [f"% {note}" for note in table.notes]
+    notes = [f"% {printable(note)}" for note in table.notes]
     columns = "ll" + "r" * (len(table.head) - 2)
     body = [f"\\begin{{tabular}}{{{columns}}}", r"\toprule", rf"{head} \\", r"\midrule", *rows, r"\bottomrule"]
     return "\n".join([*notes, *body, r"\end{tabular}"]) + "\n"
 
 
 _TEX = {c: f"\\{c}" for c in "_&%#{}$"} | {"\\": r"\textbackslash{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$"}
+# Behind the \\ that ends a row, [ and * would be read as its options; ^ and ~ are the accents without their letter.
+_TEX |= {"[": "{[}", "*": "{*}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(c, c) for c in text)
+    return "".join(_TEX.get(c, c) for c in printable(text))

@@ -25,6 +25,7 @@ from distill.data.datasets import FOLDER, Group, Row, folders_of
 
 COLUMNS = ("name", "rgb", "depth", "focal", "split")
 _END = "#end"
+_ENDS = frozenset("\t\n\r")
 _OWN = sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py"))
 """The data sets of this folder."""
 
@@ -153,6 +154,8 @@ def _lines(group: str, found: Group) -> str:
         text, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, escapechar=None, lineterminator="\n"
     )
     for row in found.rows:
+        if odd := next((cell for cell in (row.name, row.rgb, row.depth, row.split) if _ENDS & set(cell)), None):
+            raise ValueError(f"{odd!r}: a name with a tab or a line break cannot stand in an index: rename it")
         table.writerow([row.name, row.rgb, row.depth, f"{row.focal:.6g}" if row.focal else "", row.split])
     ends = [cell for left in (found.alone, found.spare) for cell in (len(left), *(left[:1] or ("",)))]
     table.writerow([_END, group, len(found.rows), *ends, found.unlisted])
