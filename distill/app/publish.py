@@ -252,6 +252,7 @@ def publish_student(folder: Path, out: Path) -> dict[str, Any]:
     with _writing(out) as aside:
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith("."):
+                _check_link(path)
                 shutil.copyfile(path, aside / path.name)
         if without_places(about["card"]) != about["card"]:
             text = json.dumps(sealed({**about, "card": without_places(about["card"])}), indent=2, ensure_ascii=False)
@@ -267,6 +268,18 @@ def publish_student(folder: Path, out: Path) -> dict[str, Any]:
         if not (aside / checkpoint.CARD).is_file():
             raise ValueError(f"{folder}: has no card; give it one first: distill export {folder} OUT --card FILE.toml")
     return {"out": str(out), "commercial": card.get("commercial"), "scores": len(card.get("scores", []))}
+
+
+def _check_link(path: Path) -> None:
+    """Raises ValueError for a link out of a student's folder, whose target nobody meant to publish.
+
+    The files of a student may lie on another disk, and all files of a hub's snapshot lie beside it.
+    """
+    target, folder = path.resolve(), path.parent.resolve()
+    known = (checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD)
+    places = (folder, folder.parent.parent / "blobs")
+    if path.is_symlink() and path.name not in known and not any(target.is_relative_to(place) for place in places):
+        raise ValueError(f"{path} is a link to a file of another folder: copy that file there, or remove the link")
 
 
 # --- both -------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from distill.data.tars import walk_tar
 from distill.shards.codec import REPAIR, Sample, decode_sample, disagreements
 from distill.shards.codec import collate as collate
 from distill.shards.handles import OpenTars
-from distill.shards.tables import CACHED, pointer_line, require_photographs
+from distill.shards.tables import CACHED, foreign_members, pointer_line, require_photographs
 from distill.shards.tables import MANIFEST as MANIFEST
 from distill.shards.tables import SETTINGS as SETTINGS
 from distill.shards.tables import DamagedTableError as DamagedTableError
@@ -404,6 +404,7 @@ def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> tup
         problems.append(f"{path}: its checksum is not the one in {MANIFEST}")
     seen: list[str] = []
     try:
+        problems += foreign_members(path)
         for sample in read_shard(path):
             problems += [f"{path}:{sample.key}: {problem}" for problem in disagreements(sample)]
             if sample.image_key not in images:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from distill.core import files, signatures
+from distill.core.printable import printable
 from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
+from distill.data.tars import walk_tar
 from distill.shards.codec import REPAIR, VERSION, check_version
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -127,6 +129,16 @@ def _check_tar(path: Path, tar: Mapping[str, Any]) -> None:
     name = tar["name"]
     if files.leaves_root(name) or "/" in name or "\\" in name or name[0] == "." or not name.endswith(".tar"):
         raise ValueError(f"{path} names the tar {name!r}, which is no .tar of its own folder: refused")
+
+
+def foreign_members(path: Path) -> list[str]:
+    """A line for each member of a tar that unpacking could write elsewhere, or that is no plain file; OSError.
+
+    Readers pass over such members, so that they would go unseen to everyone who is given the tar.
+    """
+    found = [member for member, problem in walk_tar(path) if member is not None and not problem]
+    odd = [m.name for m in found if not m.isreg() or m.issparse() or re.search(r"^\.|[/\\]", m.name)]
+    return [f"{path}: {printable(name)} in it is no plain file of its own folder" for name in odd[:3]]
 
 
 def read_json(path: Path, *, whole: bool = True) -> dict[str, Any]:

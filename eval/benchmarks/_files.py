@@ -13,7 +13,6 @@ import io
 import lzma
 import math
 import os
-import shutil
 import tarfile
 import tempfile
 import zlib
@@ -347,6 +346,10 @@ _PACKED = {
 }
 
 
+_LEAST, _MOST_TIMES = 1 << 30, 200
+"""What a packed tar may unpack to: this many bytes, and this many times its own; maps of zeros pack to a hundredth."""
+
+
 def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
     """Whether the tar is compressed, and a plain, seekable file of it: itself, or an anonymous temporary file."""
     file = path.open("rb")
@@ -355,8 +358,12 @@ def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
         return False, file
     plain = tempfile.TemporaryFile()
     try:
+        most = _LEAST + _MOST_TIMES * os.fstat(file.fileno()).st_size
         with file, opener(file) as packed:
-            shutil.copyfileobj(packed, plain, 1 << 20)
+            while piece := packed.read(1 << 20):
+                plain.write(piece)
+                if plain.tell() > most:
+                    raise OSError(f"it unpacks to more than {_MOST_TIMES} times its size: unpack it yourself")
             plain.flush()  # it is read, and its size taken, by its descriptor
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         plain.close()

@@ -275,3 +275,13 @@ def test_a_compressed_tar_is_read_to_its_last_byte(tmp_path):
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
     assert Files(tmp_path / "a.tar.gz").read("a.bin") == content
+
+
+def test_a_packed_tar_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.eval.benchmarks._files._LEAST", 1 << 20)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        info = tarfile.TarInfo("a.bin")
+        info.size = 1 << 25
+        tar.addfile(info, io.BytesIO(bytes(info.size)))
+    with pytest.raises(OSError, match=r"a.tar.gz: could not be unpacked \(it unpacks to more than 200 times its size"):
+        Files(tmp_path / "a.tar.gz")

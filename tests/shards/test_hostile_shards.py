@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import struct
+import tarfile
 import tracemalloc
 import zlib
 
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distill.core.files import file_sha256
 from distill.data.photos import LIMIT
 from distill.shards.codec import CODECS, decode_map, decode_sample, disagreements, encode_sample
-from tests.shards.samples import make_sample
+from distill.shards.shards import read_manifest, verify, write_manifest
+from tests.shards.samples import make_sample, write
 
 SPAN = {"low": 0, "high": 1}
 
@@ -140,3 +143,21 @@ def test_a_region_that_is_not_rgb_is_told(mode):
     record = {key: value for key, value in json.loads(whole["json"]).items() if key not in ("jpg", "crc32")}
     with pytest.raises(OSError, match="jpg is damaged: its pixels are not RGB"):
         decode_sample({**whole, "jpg": file.getvalue(), "json": json.dumps(record).encode()}, where="a")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("../../.profile", b"0"), ("/etc/.x", b"0"), ("a-0.x", b"2"), ("a-0.y", b"1"), (".hid", b"0")]
+)
+def test_members_that_readers_pass_over_are_no_part_of_labels(tmp_path, name, kind):
+    """They would be published with the others, and unpacked by someone else."""
+    write(tmp_path, [make_sample("a-0")], sidecar=False)
+    assert not [line for line in verify(tmp_path) if "plain file" in line]
+    [tar] = tmp_path.glob("*.tar")
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/passwd" if kind in b"12" else ""
+    with tarfile.open(tar, "a") as out:
+        out.addfile(info)
+    manifest = read_manifest(tmp_path)
+    manifest["shards"][0] |= {"sha256": file_sha256(tar), "bytes": tar.stat().st_size}
+    write_manifest(tmp_path, manifest)
+    assert [line for line in verify(tmp_path) if f"{name} in it is no plain file" in line]
