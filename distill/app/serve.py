@@ -2,8 +2,9 @@
 
 Python's own server and one page (assets/serve.html) suffice: Gradio 6 brings two dozen packages, and holds Pillow
 below the version that this project is tested with. The server listens on this machine alone unless told otherwise,
-keeps the last few results in memory and writes nothing. A request must name the machine as a stranger's page cannot:
-by its address, `localhost`, its own name, or one that was allowed. Otherwise a page whose domain is pointed at
+keeps the last few results in memory, for an hour at most and under ids that cannot be guessed, and writes nothing. A
+request must name the machine as a stranger's page cannot: by its address, `localhost`, its own name, or one that was
+allowed. Otherwise a page whose domain is pointed at
 127.0.0.1 once it is loaded (DNS rebinding) could read what this machine's user sees.
 
     GET /                      the page
@@ -14,11 +15,15 @@ by its address, `localhost`, its own name, or one that was allowed. Otherwise a 
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import html
 import io
 import ipaddress
 import json
+import re
+import secrets
 import socket
 import sys
 import tempfile
@@ -41,12 +46,17 @@ from distill.inference.solid import FOV
 
 MOST_BYTES = 64 << 20
 """The largest photo file, in bytes."""
-KEPT = 8
-"""The number of results that stay in memory."""
+KEPT, KEPT_S = 8, 3600.0
+"""The number of results that stay in memory, and for how many seconds."""
 MOST_WAITING = 16
 """The number of uploads that are in memory at once."""
 _PIECE = 1 << 16
 """Bytes of an answer that are written at once."""
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""What a browser lets an answer do; a page's own script is added by its hash, so that no other script runs in it."""
 TYPES = {
     ".png": "image/png",
     ".npy": "application/octet-stream",
@@ -56,7 +66,7 @@ TYPES = {
 
 
 class DepthServer(ThreadingHTTPServer):
-    """Serves one model; `results` are the last maps by id.
+    """Serves one model; `results` are the last maps by id, each with the time when it was made.
 
     load: called once the port is bound, since loading a model takes a while. names: by which requests may call this
     machine, besides addresses, localhost, `host` and its own name.
@@ -75,8 +85,7 @@ class DepthServer(ThreadingHTTPServer):
         self.names = {_host(text) for text in known} - {""}
         self.turn, self.making = threading.Lock(), threading.Lock()
         self.waiting = threading.BoundedSemaphore(MOST_WAITING)
-        self.results: OrderedDict[str, Depth] = OrderedDict()
-        self.count = 0
+        self.results: OrderedDict[str, tuple[float, Depth]] = OrderedDict()
         super().__init__((host, port), _Handler)
         try:
             self.model = load()
@@ -106,14 +115,18 @@ class DepthServer(ThreadingHTTPServer):
             start = time.perf_counter()
             depth = self.model(data, **({"fov": fov} if takes_fov else {}))
             seconds = time.perf_counter() - start
-            self.count += 1
-            key = str(self.count)
-            self.results[key] = depth
-            while len(self.results) > KEPT:
+            key = secrets.token_urlsafe(16)  # a visitor must not find the photographs of others by counting
+            self.results[key] = time.monotonic(), depth
+            while len(self.results) > KEPT or self.result(next(iter(self.results))) is None:
                 self.results.popitem(last=False)
         height, width = depth.values.shape
         about = {"id": key, "width": width, "height": height, "kind": str(depth.kind), "seconds": round(seconds, 3)}
         return {**about, "licence": depth.licence, "takes_fov": takes_fov}
+
+    def result(self, key: str) -> Depth | None:
+        """The map of this id; None where there is none, or it is too old."""
+        made, depth = self.results.get(key, (-KEPT_S, None))
+        return depth if time.monotonic() - made < KEPT_S else None
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -134,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, page.replace("[[MODEL]]", html.escape(self.server.name)).encode(), ".html")
             return
         _, key, name = [*url.path.split("/"), "", ""][:3]
-        depth = self.server.results.get(key)
+        depth = self.server.result(key)
         if depth is None:
             self._fault(404, "this result is no longer kept: send the photo again")
             return
@@ -203,10 +216,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Content-Security-Policy", _policy(data) if suffix == ".html" else POLICY)
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.end_headers()
         for start in range(0, len(data), _PIECE):  # the time limit is that of one write, however much it sends
             self.wfile.write(memoryview(data)[start : start + _PIECE])
+
+
+def _policy(page: bytes) -> str:
+    """The policy of a page: its own scripts may run."""
+    scripts = re.findall(rb"<script>(.*?)</script>", page, re.DOTALL)
+    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in scripts]
+    return f"{POLICY}; script-src {' '.join(hashes)}"
 
 
 def _file(depth: Depth, name: str, options: dict[str, str]) -> tuple[bytes, str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import io
 import json
+import re
 import socket
 import socketserver
 import struct
@@ -211,7 +214,29 @@ def test_photos_are_predicted_one_at_a_time_and_the_last_few_are_kept():
             thread.start()
         for thread in threads:
             thread.join()
-        assert max(most) == 1 and list(server.results) == [str(n) for n in range(3, serve.KEPT + 3)]
+        assert max(most) == 1 and len(server.results) == serve.KEPT
+        assert all(len(key) > 20 for key in server.results), "ids that nobody finds by counting"
+
+
+def test_results_are_not_kept_for_long(address, monkeypatch):
+    first = json.loads(ask(f"{address}/predict", photo()))["id"]
+    assert ask(f"{address}/{first}/depth.npy")
+    monkeypatch.setattr(serve, "KEPT_S", 0.2)
+    time.sleep(0.3)
+    assert fault(f"{address}/{first}/depth.npy") == (404, "this result is no longer kept: send the photo again")
+
+
+def test_a_page_runs_no_script_but_its_own(address):
+    key = json.loads(ask(f"{address}/predict", photo()))["id"]
+    for path in ("", f"{key}/view.html"):
+        with urllib.request.urlopen(f"{address}/{path}") as answer:
+            policy, page = answer.headers["Content-Security-Policy"], answer.read()
+        [script] = re.findall(rb"<script>(.*?)</script>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script).digest()).decode()
+        assert policy.endswith(f"; script-src 'sha256-{digest}'") and policy.startswith("default-src 'none'")
+        assert b" onclick=" not in page and b" onload=" not in page
+    with urllib.request.urlopen(f"{address}/{key}/colour.png") as answer:
+        assert "script-src" not in answer.headers["Content-Security-Policy"]
 
 
 def raw(address: str, request: str) -> bytes:
