@@ -58,6 +58,19 @@ def fault_of_start(path: Path) -> str:
     return "is an ONNX network, not weights" if start[:1] == b"\x08" and b"pytorch" in start[:32] else ""
 
 
+_TENSORS = 100_000
+"""The most tensors of a .safetensors: each takes as long as a large one, and networks have thousands at most."""
+
+
+def fault_of_count(path: Path) -> str:
+    """Return the fault of a .safetensors that lists too many tensors."""
+    with path.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        most = _TENSORS * len('"data_offsets":')
+        count = stream.read(size).count(b'"data_offsets"') if most < size <= 100_000_000 else 0
+    return f"lists {count} tensors, more than {_TENSORS}: no weights of one network" if count > _TENSORS else ""
+
+
 def fault_of_extra_bytes(path: Path) -> str:
     """Return the fault of a .safetensors with bytes after its tensors; its reader's error is that of a short file."""
     try:
@@ -68,7 +81,7 @@ def fault_of_extra_bytes(path: Path) -> str:
             header = json.loads(stream.read(header_size))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         extra_bytes = path.stat().st_size - 8 - header_size - max(ends, default=0)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return ""
     return (
         f"has {extra_bytes} bytes after its tensors that its header does not list: download or copy it again"

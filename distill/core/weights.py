@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from distill.core import records, standins
+from distill.core import allocations, records, standins
 from distill.core.files import decoded
 from distill.core.wording import first_line, shortened
 
@@ -104,7 +104,7 @@ def shards(index: Path) -> dict[str, Path]:
     try:
         table = json.loads(decoded(index.read_bytes()))["weight_map"]
         files = {str(name): index.parent / str(file) for name, file in table.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsMismatchError(f"{index} is not an index of weights ({error!r}): download it again") from error
     outside = [str(file_path) for file_path in files.values() if file_path.parent != index.parent]
     if outside:
@@ -185,10 +185,16 @@ def _read(path: Path) -> Any:
             head = file.read(9)
         zipped = head[:2] == b"PK"
         if (path.suffix == ".safetensors" and not zipped) or (head[8:9] == b"{" and not zipped):
+            if reason := standins.fault_of_count(path):
+                raise WeightsMismatchError(f"{path} {reason}")
             return safetensors.torch.load_file(path)
+        if reason := allocations.fault(path):
+            raise WeightsMismatchError(f"{path} {reason}")
         with torch.serialization.safe_globals(records.stand_ins(path)):
             with path.open("rb") as file:  # opened, because torch would infer a format from a .safetensors name
                 return torch.load(file, map_location="cpu", weights_only=True)
+    except WeightsMismatchError:
+        raise
     except _READ_ERRORS as error:
         reason = first_line(error, most=160)
         if isinstance(error, pickle.UnpicklingError):  # torch's own message recommends unsafe loading

@@ -21,6 +21,7 @@ ZEROS = 16
 """This many zero bytes at the end of compressed pixels mean damage; arithmetic coders may flush a few."""
 _TEXT = 1 << 18  # larger text chunks of a PNG are removed: Pillow refuses the picture at 1 MiB
 _PROFILE = 1 << 24
+_CHUNKS = 100_000
 
 
 def trailing_zeros(data: bytes) -> int:
@@ -71,7 +72,9 @@ def png_damage(data: bytes) -> str:
 
     Pillow does not check them, and deflate may store incompressible pixels verbatim: then any bytes decode.
     """
-    for at, name, body in png_chunks(data):
+    for number, (at, name, body) in enumerate(png_chunks(data)):
+        if number > _CHUNKS and at < 128 * number:
+            return f"it has more than {_CHUNKS} tiny chunks, which takes long to read: save it again"
         if name in (b"IHDR", b"PLTE", b"IDAT") and not _checksum_is_right(data, at, name, body):
             return "damaged: a checksum of its pixels is wrong"
         if name == b"IEND":

@@ -35,6 +35,7 @@ from distill.core.crops import resize
 from distill.core.depth import DepthMap
 from distill.core.printable import printable
 from distill.data import cicp, colour, damage, filetypes, hdr, tiffs
+from distill.data.excess import jpeg_excess
 from distill.data.limits import LIMIT as LIMIT
 from distill.data.limits import MAX_PIXELS as MAX_PIXELS
 from distill.data.limits import max_pixels as max_pixels
@@ -264,7 +265,8 @@ def _photo_kind(data: bytes) -> str:
         raise BadImageError(filetypes.RAW)
     if kind and kind not in _SUPPORTED:
         raise BadImageError(f"not a photo that can be read: it is {kind}{filetypes.advice_for_kind(kind)}")
-    if reason := damage.unfinished(data, kind) or (damage.png_damage(data) if kind == "PNG" else ""):
+    check = {"PNG": damage.png_damage, "JPEG": jpeg_excess}.get(kind)
+    if reason := damage.unfinished(data, kind) or (check(data) if check else ""):
         raise BadImageError(reason)
     return kind
 
