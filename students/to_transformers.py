@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from distill.core import crops
 from distill.core.optional import optional
 from distill.core.plugins import find
+from distill.core.tensors import save_file
 from distill.students import Student, checkpoint, vggt
 
 CODE = "modeling_student.py"
@@ -142,7 +142,7 @@ def _write_native(student: Student, folder: Path, name: str) -> float:
     unused = "neck.fusion_stage.layers.0.residual_layer1."  # which the class has, and never calls
     state |= {key: torch.zeros_like(value) for key, value in model.state_dict().items() if key.startswith(unused)}
     state = {key: value.detach().float().contiguous().clone() for key, value in state.items()}
-    safetensors.torch.save_file(state, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    save_file(state, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     size = student.native_size or backbone.image_size

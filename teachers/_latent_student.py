@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from distill.core import files
 from distill.core.depth import Kind
 from distill.core.folders import LATENT
 from distill.core.strictness import mismatches
+from distill.core.tensors import save_file
 from distill.students.modelcard import latent_card
 from distill.teachers import (
     WeightsMismatchError,
@@ -259,7 +259,7 @@ def save(student: LatentStudent, folder: str | Path, *, card: Mapping[str, Any] 
         if student.head is not None:
             (new / latent.HEAD).mkdir()
             state = {key: value.detach().cpu().contiguous() for key, value in student.head.state_dict().items()}
-            safetensors.torch.save_file(state, new / latent.HEAD / "model.safetensors")
+            save_file(state, new / latent.HEAD / "model.safetensors")
         index: dict[str, Any] = {"_class_name": f"{student.teacher.capitalize()}Pipeline"}
         if student.native_size:
             index["default_processing_resolution"] = student.native_size
@@ -288,7 +288,7 @@ def _write_unet(unet: Any, folder: Path) -> None:
     folder.mkdir(parents=True)
     unet.save_config(folder)
     state = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in unet.state_dict().items()}
-    safetensors.torch.save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
 
 
 def describe(folder: Path) -> dict[str, Any]:

@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from distill.core import files
 from distill.core.seal import is_broken, sealed
+from distill.core.tensors import save_file
 
 VERSION = 1
 _TENSORS = "training.safetensors"

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.core import files
+from distill.core.tensors import save_file
 
 PART_BYTES = 64 * 2**20
 """A part is written when this many bytes have been computed, and before every checkpoint."""

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.core import files
 from distill.core.depth import DepthMap
 from distill.core.labels import Batch
+from distill.core.tensors import save_file
 from distill.losses.losses import median_and_mean_abs_dev
 
 _SEAL = "crc32"
