@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickletools
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +26,10 @@ def fault(path: Path) -> str:
     """The fault of a torch file whose pickle would take memory by a number, or for one text many times; else ""."""
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+        pickles: list[bytes] = []
+        with suppress(zipfile.BadZipFile, OSError, ValueError, NotImplementedError, zlib.error):  # its reader tells it
+            with zipfile.ZipFile(path) as archive:
+                pickles += [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
         faults = [_fault(pickletools.genops(data), size) for data in pickles if any(hint in data for hint in _HINTS)]
         return next(filter(None, faults), "")
     with path.open("rb") as file:
