@@ -4,8 +4,8 @@ Python's own server and one page (assets/serve.html) suffice: Gradio 6 brings tw
 below the version that this project is tested with. The server listens on this machine alone unless told otherwise,
 keeps the last few results in memory, for an hour at most and under ids that cannot be guessed, and writes nothing. A
 request must name the machine as a stranger's page cannot: by its address, `localhost`, its own name, or one that was
-allowed. Otherwise a page whose domain is pointed at
-127.0.0.1 once it is loaded (DNS rebinding) could read what this machine's user sees.
+allowed. Otherwise a page whose domain is pointed at 127.0.0.1 once it is loaded (DNS rebinding) could read what this
+machine's user sees.
 
     GET /                      the page
     POST /predict?fov=         an image file's bytes -> {"id", "width", "height", "kind", "seconds", "takes_fov"}; fov:

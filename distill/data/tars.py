@@ -35,17 +35,24 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
             yield None, f"not a tar: it is {words or 'empty'}; {advice}"
             return
         at: int | None = 0
+        damaged = 0
         while at is not None:
             end = yield from _whole_members(file, at, size)
             if end is None:
                 return
             at, zeros = _next_header(file, end)
             if problem := _gap_problem(end, at, size, zeros=zeros):
+                damaged += 1
                 yield None, problem
+            if damaged > _MOST_DAMAGED and at is not None:
+                yield None, f"the tar is damaged in more than {_MOST_DAMAGED} places: from byte {at} on it is not read"
+                return
 
 
 # Exceptions of tarfile on broken headers, which may lead to reads of negative or huge size, or to endless recursion.
 _TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RecursionError)
+_MOST_DAMAGED = 1000
+"""Headers that lead from one to the next are refused anew at each of them, which takes a moment each time."""
 _END_MARK = 1024 + 10240  # two zero blocks, padded to a record of 10 KiB
 
 

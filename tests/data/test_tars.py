@@ -404,3 +404,14 @@ def test_what_a_folder_has_in_place_of_tars_is_said(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=f"unpack {re.escape(name)}, join its parts into a .tar"):
         sources.tars(tmp_path)
+
+
+def test_a_tar_of_nothing_but_broken_headers_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "_MOST_DAMAGED", 20)
+    body = b"8 a=bcd\n"
+    head = tarfile.TarInfo("p")
+    head.type, head.size = tarfile.XHDTYPE, len(body)
+    path = tmp_path / "a.tar"
+    path.write_bytes((head.tobuf(tarfile.GNU_FORMAT) + body.ljust(512, b"\0")) * 3000 + bytes(1024))
+    found = list(tars.walk_tar(path))
+    assert len(found) == 22 and "damaged in more than 20 places" in found[-1][1]
