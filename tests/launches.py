@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -73,6 +74,7 @@ def _caller() -> str:
 
 class _Compiled:
     function = packed_metadata = None
+    src = SimpleNamespace(signature={})
 
     def run(self, *args: Any) -> None:
         global triton_launches

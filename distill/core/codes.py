@@ -84,9 +84,11 @@ def _fused_decode(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]] 
         from distill.core import codes_kernel
 
         example = [x.to(device) for x in codes_kernel.example()]
-        pairs = zip(codes_kernel.decode_values(*example), decode_values(*example), strict=True)
-        if not all(torch.equal(ours, expected) for ours, expected in pairs):
-            raise DifferentResultError("it has other bits")
+        expected = decode_values(*example)
+        for _ in range(2):  # a kernel that was launched before is launched another way (core.launch)
+            pairs = zip(codes_kernel.decode_values(*example), expected, strict=True)
+            if not all(torch.equal(*pair) for pair in pairs):
+                raise DifferentResultError("it has other bits")
 
     if reason := failure(compare):
         line = f"the kernel that decodes labels fails here ({reason}): using the slower torch code"

@@ -48,7 +48,6 @@ class Launcher:
 
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
         self.kernel, self.constants = kernel, constants
-        self._last = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grid: Grid, tensors: Sequence[Tensor], numbers: tuple[float, ...]) -> None:
@@ -64,8 +63,14 @@ class Launcher:
         if known is None:
             compiled = self.kernel[grid](*tensors, *numbers, **self.constants)
             if compiled is not None:
-                self._compiled[kind] = compiled.run, compiled.function, compiled.packed_metadata, _stream_of()
+                known = compiled.run, compiled.function, compiled.packed_metadata, _stream_of(), self._last(compiled)
+                self._compiled[kind] = *known, compiled  # Triton unloads a kernel that nothing holds
         else:
-            run, function, metadata, stream_of = known
+            run, function, metadata, stream_of, last, _ = known
             hooks = (None, None, None)
-            run(*grid, stream_of(device), function, metadata, *hooks, *addresses, *numbers, *self._last)
+            run(*grid, stream_of(device), function, metadata, *hooks, *addresses, *numbers, *last)
+
+    def _last(self, compiled: Any) -> tuple[Any, ...]:
+        """The compile-time arguments that a launch passes: none before Triton 3.3, whose signature leaves them out."""
+        names = [name for name in self.kernel.arg_names if name in self.constants and name in compiled.src.signature]
+        return tuple(self.constants[name] for name in names)

@@ -87,6 +87,23 @@ def test_where_the_kernel_cannot_run_torch_decodes_after_one_warning():
     assert "using the slower torch code" in message and "\n" not in message
 
 
+def test_the_kernel_is_tried_both_ways_before_it_is_trusted(monkeypatch):
+    """Once compiled, it is launched another way."""
+    kernel, asked = pytest.importorskip("distill.core.codes_kernel", exc_type=ImportError), []
+
+    def decode(*given):
+        asked.append(given)
+        values, valid = decode_values(*given)
+        return values + (len(asked) == 2), valid
+
+    monkeypatch.setattr(kernel, "decode_values", decode)
+    codes._fused_decode.cache_clear()
+    with pytest.warns(UserWarning, match="decodes labels fails here .*other bits"):
+        assert codes._fused_decode(torch.device("cpu")) is None
+    codes._fused_decode.cache_clear()
+    assert len(asked) == 2
+
+
 def test_boxes_are_padded_by_their_first_one_and_by_the_whole_region():
     boxes = [torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]]), torch.zeros(1, 0, 4), torch.rand(1, 1, 4)]
     stacked = stack_boxes(boxes, 2)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,13 +75,14 @@ def test_kernels_with_other_numbers_are_not_trusted(monkeypatch):
 
 
 class Kernel:
-    """What Triton's are like: called for a grid it compiles, and what comes of that is launched without constants."""
+    """What Triton's are like: called for a grid it compiles, and what comes of that is launched without options."""
 
     arg_names = ("values", "out", "size", "BLOCK", "FLAG")
     function, packed_metadata = "function", "metadata"
 
-    def __init__(self):
+    def __init__(self, *, constants_in_signature=True):
         self.calls = []
+        self.src = SimpleNamespace(signature=dict.fromkeys(self.arg_names[: 5 if constants_in_signature else 3]))
 
     def __getitem__(self, grid):
         def first(*args, **constants):
@@ -108,6 +111,45 @@ def test_a_kernel_is_compiled_once_for_a_kind_of_arguments(monkeypatch):
         assert kernel.calls[-1][0] == "compile"
         run((7, 2, 1), tensors, (number,))
         assert kernel.calls[-1][0] == "launch" and kernel.calls[-1][10] == tensors[0].data_ptr()
+
+
+def test_a_triton_before_3_3_is_launched_without_the_constants_that_its_signature_leaves_out(monkeypatch):
+    monkeypatch.setattr(launch, "_stream_of", lambda: lambda device: "stream")
+    kernel, values = Kernel(constants_in_signature=False), torch.zeros(64)
+    run = launch.Launcher(kernel, {"FLAG": True, "BLOCK": 32, "num_warps": 8})
+    for _ in range(2):
+        run((7, 2, 1), (values, values), (64,))
+    assert kernel.calls[1][10:] == (values.data_ptr(), values.data_ptr(), 64)
+
+
+def test_a_compiled_kernel_is_held_because_triton_unloads_one_that_nothing_holds(monkeypatch):
+    monkeypatch.setattr(launch, "_stream_of", lambda: lambda device: "stream")
+    kernel, left = Kernel(), []
+
+    def forgetful(*args, **constants):
+        compiled = Kernel()
+        compiled.run = left.append  # a launcher does not hold the kernel that it belongs to
+        left.append(weakref.ref(compiled))
+        return compiled
+
+    monkeypatch.setattr(Kernel, "__getitem__", lambda self, grid: forgetful)
+    run = launch.Launcher(kernel, {"BLOCK": 32})
+    run((1, 1, 1), (torch.zeros(4),), ())
+    assert left[0]() is not None
+
+
+def test_a_kernel_is_tried_both_ways_before_it_is_trusted(monkeypatch):
+    """By Triton's own launch, and by the address of what that compiled: its arguments may be others in a new Triton."""
+    monkeypatch.setattr(fused, "_tried", {})
+    asked, right = [], torch.tensor([1.0])
+
+    def trial(device):
+        asked.append(device)
+        yield right * len(asked), right
+
+    with pytest.warns(UserWarning, match="off by"):
+        assert not fused._trusted("second", torch.device("cpu"), trial)
+    assert len(asked) == 2
 
 
 def test_maps_of_two_devices_are_refused_before_a_kernel_reads_a_wrong_memory():
