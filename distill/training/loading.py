@@ -50,10 +50,9 @@ from distill.training.stopping import SIGNALS
 
 _log = logging.getLogger(__name__)
 PREFETCH = 4  # micro-batches per worker that are ready
-PATIENCE = (
-    1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes. Processes wait
-)
-# longer for each other (parallel.exchange_timeout).
+PATIENCE = 1800
+"""Seconds to wait for one micro-batch: labelling online by a large teacher on a CPU takes minutes. Processes wait
+longer for each other (parallel.exchange_timeout)."""
 
 
 def _training_batch(read: list[Item], *, collate: Collate, settings: TrainSettings) -> MicroBatch:

@@ -33,9 +33,10 @@ from distill.training.settings import TrainSettings
 from distill.training.state import Processes, TrainingRun, make_ready
 from distill.training.trainlog import ScaleAlarm
 
-OWN = {"workers", "keep_last", "trackers", "alarm_growth", "compile", "channels_last", "gradient_checkpointing"}
+OWN = {"workers", "keep_last", "trackers", "alarm_growth", "compile", "gradient_checkpointing"}
 """Settings that a process may have alone: what it reads with and computes its gradients with, which are then averaged,
-and what only the main process writes. Not `fused`: every process applies the updates to its own weights."""
+and what only the main process writes. Not `fused`: every process applies the updates to its own weights. Not
+`channels_last`: gradients are exchanged in the weights' order in memory."""
 
 
 def accelerator_of(
