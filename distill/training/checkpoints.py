@@ -142,9 +142,8 @@ def clean(out: Path) -> list[str]:
 
     Returns a message about each damaged checkpoint. Raises ValueError for one of a newer version.
     """
-    checkpoint_names = {
-        match[0] for path in (out / "checkpoints").glob("*") if (match := re.search(r"step-\d{8}", path.name))
-    }
+    matches = (re.search(r"step-\d{8}", path.name) for path in (out / "checkpoints").glob("*"))
+    checkpoint_names = {match[0] for match in matches if match}
     for name in checkpoint_names:
         files.clean(out / "checkpoints" / name)
     whole = {saved.folder for saved in find(out)}
