@@ -28,6 +28,10 @@ SIGNED = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA0123%2Fx&X-Amz-S
         ("a URL('https://u:p@h/x?sig=1'), then 'ftp://u:p@h/y'", "a URL('https://h/x'), then 'ftp://h/y'"),
         ("https://u:p@h/x?token=1: cannot be reached", "https://h/x: cannot be reached"),
         ("hf_ABCDEFGHIJKLMNOPQRSTUVWX is refused", "hf_... is refused"),
+        (f"github_pat_{'a1B2' * 5}ab_{'c3D4' * 14}xyz", "github_pat_..."),
+        ("sftp://me:pass@host/x.tar", "sftp://host/x.tar"),
+        ("zip://a@b/x.png::https://u:p@h/x.zip?sig=1", "zip://a@b/x.png::https://h/x.zip"),
+        (f"https://h/x.tar?key={'aB3' * 12}&session={'aB3' * 12}", "https://h/x.tar"),
     ],
 )
 def test_what_grants_access_is_left_out(text, expected):
@@ -41,6 +45,10 @@ def test_what_grants_access_is_left_out(text, expected):
         *("https://host/x.tar", "https://host:8080/a@b/x.tar", "https://[::1]:80/a@b", "s3://bucket/a@b/c.tar"),
         *("hf://datasets/org/name@v1/x.tar", "file://C:/a@b/x", "org/name@main", "a?token=1", "me@host", ""),
         *("https://host/get?id=5&file=a.tar", "https://host/get?key=a/b.tar", "https://h/x?page=2&sort=size#end"),
+        *("abfs://photos@account.dfs.core.windows.net/x.tar", "oci://bucket@space/x.tar", "sftp://me@host:22/x.tar"),
+        *("github://org:repo@main/x.tar", "memory://a@b/x.tar", "zip://a@b/x.png::/data/x.zip"),
+        *("https://h/get?session=2024-05-01&key=scene_07", "https://h/x?design=3&tokens=4&unsigned=1&monkey_id=3"),
+        *("/data/hf_depth_anything_v2_large/x", "hf_indoor_scenes_of_Berlin_000.tar", "hf_indoorscenesofeverywhere"),
         *("memory://photos/sa_{0..1}.tar", "?sig=1", "https://h/d?sv=1&st=2", "hf_hub_download", "https://h/x?"),
     ],
 )
