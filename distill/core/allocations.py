@@ -54,26 +54,27 @@ def _mentioned(file: IO[bytes]) -> bool:
 
 def _fault(steps: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]], size: int) -> str:
     """Follows what is pushed behind each of the names above, also where they are taken from the memo."""
-    memo: dict[int, str] = {}
-    last, called, uses, longest = "", "", 0, 0
+    memo: dict[int, tuple[str, int]] = {}
+    last, length, called, passed = "", 0, "", 0
     with suppress(ValueError):
         for code, argument, _ in steps:
             name = code.name
             if "PUT" in name or name in ("MARK", "MEMOIZE"):
-                memo[argument if isinstance(argument, int) else len(memo)] = last
+                memo[argument if isinstance(argument, int) else len(memo)] = last, length
                 continue
             if name in ("BINGET", "LONG_BINGET", "GET"):
-                last = memo.get(int(argument), "") or ("" if called == "torch Tensor" else "number")
+                last, length = memo.get(int(argument), ("", 0))
+                last = last or ("" if called == "torch Tensor" else "number")
             elif name == "GLOBAL" and _ALLOCATE.fullmatch(str(argument)):
                 last = str(argument)
             elif _TEXT.fullmatch(name):
-                last, longest = "text", max(longest, len(argument))
+                last, length = "text", len(argument)
             else:
                 last = "number" if isinstance(argument, int) and argument > 0 and name != "PROTO" else ""
             if last == "number" and called:
                 return f"asks for memory by a number ({called.replace(' ', '.')}): {_REMEDY}"
+            passed += length if last == "text" and called else 0
             called = last if _ALLOCATE.fullmatch(last) else ""
-            uses += bool(called)
-            if uses * longest > max(_UNSUSPECTED, _MOST_TIMES * size):
+            if passed > max(_UNSUSPECTED, _MOST_TIMES * size):
                 return f"asks for the memory of one text many times: {_REMEDY}"
     return ""

@@ -65,6 +65,10 @@ def test_what_libraries_store_beside_weights_is_read(tmp_path, legacy):
         "numpy": [np.float64(3), np.arange(5), np.ones((2, 3)), np.array(["a"])],
         "torch": [torch.nn.Parameter(torch.ones(2)), torch.Size([3, 4]), torch.Tensor([1, 2])],
     }
+    beside |= {
+        "losses": [np.float32(i) for i in range(10_000)],
+        "recipe": "x" * 60_000,
+    }  # one text is long
     state = {"a.weight": torch.ones(4, 4), "b": torch.nn.Parameter(torch.ones(2)), "n": np.ones(3)}
     torch.save({"model": state, **beside}, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
     assert len(read_state(tmp_path / "a.pth")) == 3
