@@ -273,11 +273,14 @@ def publish_student(folder: Path, out: Path) -> dict[str, Any]:
 def _check_link(path: Path) -> None:
     """Raises ValueError for a link out of a student's folder, whose target nobody meant to publish.
 
-    The files of a student may lie on another disk, and all files of a hub's snapshot lie beside it.
+    The files of a student may lie on another disk, and all files of a hub's snapshot lie in the cache's blobs, which
+    may be on another disk, too.
     """
     target, folder = path.resolve(), path.parent.resolve()
     known = (checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD)
-    places = (folder, folder.parent.parent / "blobs")
+    # The student may be a folder of the snapshot.
+    caches = [place for place in folder.parents if place.name == "snapshots"]
+    places = (folder, *((cache.parent / "blobs").resolve() for cache in caches))
     if path.is_symlink() and path.name not in known and not any(target.is_relative_to(place) for place in places):
         raise ValueError(f"{path} is a link to a file of another folder: copy that file there, or remove the link")
 

@@ -220,15 +220,19 @@ def test_an_export_names_no_folder_of_this_machine(tmp_path):
     assert checkpoint.read_card(tmp_path / "out")["lineage"]["start"]["weights"] == "a.pth"
 
 
-def test_a_link_out_of_a_students_folder_is_not_published(tmp_path):
+@pytest.mark.parametrize("inside", [".", "student"])
+def test_a_link_out_of_a_students_folder_is_not_published(tmp_path, inside):
     (tmp_path / "secret").write_text("mine")
-    folder, blobs = tmp_path / "models" / "snapshots" / "0", tmp_path / "models" / "blobs"
+    folder, blobs = tmp_path / "models" / "snapshots" / "0" / inside, tmp_path / "models" / "blobs"
     checkpoint.save(tiny("dpt").eval(), folder, card={"name": "a"})
-    blobs.mkdir()
+    (tmp_path / "disk").mkdir()
+    blobs.symlink_to(tmp_path / "disk")
     (folder / checkpoint.WEIGHTS).rename(blobs / "0123")  # as the hub's cache keeps them
-    (folder / checkpoint.WEIGHTS).symlink_to("../../blobs/0123")
+    (folder / checkpoint.WEIGHTS).symlink_to(blobs / "0123")
+    (blobs / "4567").write_text("{}")
+    (folder / "config.json").symlink_to(blobs / "4567")
     publish.publish_student(folder, tmp_path / "out")
-    (folder / "notes.txt").symlink_to("../../../secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
     with pytest.raises(ValueError, match=r"notes.txt is a link to a file of another folder"):
         publish.publish_student(folder, tmp_path / "other")
     assert not (tmp_path / "other").exists()
