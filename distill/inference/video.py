@@ -149,7 +149,7 @@ def _opened(path: Path) -> Any:
     if (detail := _other_format(path)).startswith("text"):
         raise BadImageError(f"not a video: it is {detail}")
     try:
-        return av.open(str(path), metadata_errors="ignore")
+        return _open(path)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         if detail:
             raise BadImageError(f"not a video: it is {detail}") from error
@@ -332,7 +332,8 @@ def _upright(frame: Any, rgb: np.ndarray) -> np.ndarray:
     PyAV's angle is not used: it is 180 degrees for a mirrored film, and a large number for the matrix of zeros that
     mp4box.js writes (its issue 284), which means no rotation.
     """
-    matrix = next((bytes(data) for data in frame.side_data if data.type == DataType.DISPLAYMATRIX), b"")
+    data = frame.side_data.get(DataType.DISPLAYMATRIX)
+    matrix = b"" if data is None else bytes(data)
     if len(matrix) < 36:
         return rgb
     right_x, right_y, _, down_x, down_y = np.frombuffer(matrix, "<i4" if sys.byteorder == "little" else ">i4", 5)
@@ -342,8 +343,14 @@ def _upright(frame: Any, rgb: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(rgb[::-1] if down_y < 0 else rgb)
 
 
+def _open(path: Path) -> Any:
+    """A film, whatever the encoding of its tags; PyAV 19 takes no setting for that and reads any."""
+    tolerant: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    return av.open(str(path), **tolerant)
+
+
 def _codec_name(path: Path) -> str:
-    with av.open(str(path), metadata_errors="ignore") as container:
+    with _open(path) as container:
         return str(getattr(container.streams.video[0], "name", None) or "of an unknown name")
 
 

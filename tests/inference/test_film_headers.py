@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from distill.inference import video
+from tests.inference.fake import film
 
 MATROSKA, SEGMENT = b"\x1a\x45\xdf\xa3\x80", b"\x18\x53\x80\x67"
 ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365") + bytes(24)
@@ -58,3 +59,12 @@ def test_a_clock_is_seconds_and_a_raw_film_is_no_text(tmp_path):
     (tmp_path / "a").write_bytes(b"YUV4MPEG2 W32 H24 F25:1\nFRAME\n")
     (tmp_path / "b").touch()
     assert video._other_format(tmp_path / "a") == "" and video._other_format(tmp_path / "b") == "empty"
+
+
+def test_a_films_tags_may_be_of_any_encoding(tmp_path):
+    """As cameras write them in Latin-1; the mkv's own name for its writer is of a known length."""
+    path = film(tmp_path / "v.mkv", range(0, 200, 40))
+    data = path.read_bytes()
+    assert b"Lavf" in data
+    path.write_bytes(data.replace(b"Lavf", b"\xe9\xe8vf"))
+    assert len(list(video.Film(path))) == 5
