@@ -187,13 +187,13 @@ def every_parameter_learns(student: nn.Module) -> bool:
     finally:
         student.train(training)
     pending: list[Any] = [out.grad_fn]
-    visited: set[int] = set()
+    visited: set[Any] = set()  # the nodes, not their ids: a node that nobody holds may leave its id to another
     reached: set[int] = set()
     while pending:
         node = pending.pop()
-        if node is None or id(node) in visited:
+        if node is None or node in visited:
             continue
-        visited.add(id(node))
+        visited.add(node)
         if hasattr(node, "variable"):
             reached.add(id(node.variable))
         pending.extend(parent for parent, _ in node.next_functions)
