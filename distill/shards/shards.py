@@ -342,7 +342,8 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
         if path.name not in tar_names and not path.name.startswith("._"):  # macOS's AppleDouble files
             problems_of[path.name] = [f"{path} is not in {MANIFEST}"]
     images = manifest["images"]
-    if hash_keys(images["keys"]) != images["sha256"] or len(images["keys"]) != images["count"]:
+    listed = images["keys"] if isinstance(images["keys"], list) else []  # damage changes types, too
+    if hash_keys(listed) != images["sha256"] or len(listed) != images["count"] or listed != images["keys"]:
         problems_of[""] = [f"{folder / MANIFEST}: the image list does not agree with its own checksum"]
     if is_broken(json.loads((folder / MANIFEST).read_bytes())):
         problems_of.setdefault("", []).append(f"{folder / MANIFEST} does not agree with its own checksum")
@@ -351,7 +352,7 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
             read_json(folder / SETTINGS)
         except ValueError as error:
             problems_of[SETTINGS] = [str(error)]
-    keys = set(images["keys"])
+    keys = {key for key in listed if isinstance(key, str)}
     is_cached = (folder / CACHED).is_dir()
     for done, shard in enumerate(manifest["shards"]):
         path = folder / shard["name"]

@@ -166,6 +166,16 @@ def test_verify_is_silent_on_good_labels_and_names_what_is_wrong(folder):
     assert any("image list" in line for line in lines) and any("sa_2-0: its image is not" in line for line in lines)
 
 
+@pytest.mark.parametrize("keys", [None, 1.5, True, {"sa_1": 0}, "sa_1", [["sa_1"], "sa_2"], [None]])
+def test_verify_names_an_image_list_that_is_none(folder, keys):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "images": {**manifest["images"], "keys": keys}}))
+    lines = verify(folder)
+    assert any("image list does not agree" in line or "its own checksum" in line for line in lines)
+    assert any("its image is not in manifest.json" in line for line in lines)
+
+
 def test_verify_finds_any_flipped_byte(folder):
     tar = folder / "sa_0-000.tar"
     good = tar.read_bytes()
