@@ -343,7 +343,7 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
             problems_of[path.name] = [f"{path} is not in {MANIFEST}"]
     images = manifest["images"]
     listed = images["keys"] if isinstance(images["keys"], list) else []  # damage changes types, too
-    if hash_keys(listed) != images["sha256"] or len(listed) != images["count"] or listed != images["keys"]:
+    if hash_keys(listed) != images["sha256"] or len(listed) != images["count"]:
         problems_of[""] = [f"{folder / MANIFEST}: the image list does not agree with its own checksum"]
     if is_broken(json.loads((folder / MANIFEST).read_bytes())):
         problems_of.setdefault("", []).append(f"{folder / MANIFEST} does not agree with its own checksum")
